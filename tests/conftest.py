@@ -1,0 +1,71 @@
+"""Small things that the tests share: a random Gemma-2, an SAE, pairs of random tokens, and the toy world."""
+
+import os
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from transformers import Gemma2Config, Gemma2ForCausalLM
+
+from data import Pairs
+from sae import JumpReLUSAE
+
+V, D, M = 97, 32, 160
+
+
+def make_lm(seed=0, **changes):
+    """A random Gemma-2 whose sliding window (9) is shorter than most rows."""
+    torch.manual_seed(seed)
+    config = Gemma2Config(
+        vocab_size=V, hidden_size=D, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=8, sliding_window=9, attn_implementation="eager",
+        **changes,
+    )  # fmt: skip
+    lm = Gemma2ForCausalLM(config)
+    with torch.no_grad():  # wider than the default: softcaps bite, distributions differ
+        for parameter in lm.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(std=0.25)
+    return lm.eval()
+
+
+def nudge(lm, scale=0.02, seed=1):
+    """A copy that has moved: a policy after some training."""
+    torch.manual_seed(seed)
+    twin = Gemma2ForCausalLM(lm.config)
+    twin.load_state_dict(lm.state_dict())
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.add_(scale * torch.randn_like(parameter))
+    return twin.eval()
+
+
+def make_sae(seed=0, d=D, m=M):
+    """A random SAE with about a tenth of its features active on the tiny model's states."""
+    g = torch.Generator().manual_seed(seed)
+    W_enc = torch.randn(d, m, generator=g) / d**0.5
+    threshold = 0.5 + torch.rand(m, generator=g)
+    b_enc = 0.1 * torch.randn(m, generator=g)
+    return JumpReLUSAE(W_enc, b_enc, W_enc.T.clone(), torch.zeros(d), threshold)
+
+
+def make_pairs(n=8, seed=0, longest=14):
+    """Pairs of random tokens and random lengths."""
+    g = torch.Generator().manual_seed(seed)
+    draw = lambda low, high: int(torch.randint(low, high, (1,), generator=g))  # noqa: E731
+    text = lambda size: torch.randint(4, V, (size,), generator=g).tolist()  # noqa: E731
+    return Pairs(
+        [([2, *text(draw(3, longest))], text(draw(1, longest)), text(draw(1, longest))) for _ in range(n)]
+    )
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """The toy world, made once for all tests."""
+    import toy
+
+    out = tmp_path_factory.mktemp("toy") / "world"
+    toy.make_world(out)
+    return out
