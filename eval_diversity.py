@@ -9,7 +9,6 @@ Both give the same values for any number of ranks and any batch size.
 """
 
 import argparse
-import json
 import sys
 
 import torch
@@ -18,6 +17,7 @@ from tqdm.auto import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList
 
 import fpo
+import presets
 from data import Pairs, load_pairs, micro_batches
 
 
@@ -76,23 +76,18 @@ def pair_scores(table) -> dict[str, float]:
 
     accuracy: share of pairs whose chosen response has the higher mean log-probability (Table 2); accuracy_sum: the
     higher sum. reward_accuracy: share whose log π/π_ref is higher for the chosen (DPO's implicit reward);
-    reward_accuracy_mean: per token (FPO's). margin: mean of log π/π_ref chosen less rejected.
+    reward_accuracy_mean: per token (FPO's). nll_chosen: mean over pairs of the chosen response's NLL per token.
     """
-    mean = {
-        side: table[f"logps_{side}"] / table[f"lengths_{side}"].clamp(min=1)
-        for side in ("chosen", "rejected")
-    }
-    hits = {
-        "accuracy": mean["chosen"] > mean["rejected"],
-        "accuracy_sum": table["logps_chosen"] > table["logps_rejected"],
-    }
-    if "ratio_chosen" in table:
-        per_token = [
-            table[f"ratio_{side}"] / table[f"lengths_{side}"].clamp(min=1) for side in ("chosen", "rejected")
-        ]
+    mean = {s: table[f"logps_{s}"] / table[f"lengths_{s}"].clamp(min=1) for s in ("chosen", "rejected")}
+    scores, hits = {"nll_chosen": -mean["chosen"].mean().item()}, {}
+    if table["lengths_rejected"].any():
+        hits["accuracy"] = mean["chosen"] > mean["rejected"]
+        hits["accuracy_sum"] = table["logps_chosen"] > table["logps_rejected"]
+    if hits and "ratio_chosen" in table:
+        ratio = {s: table[f"ratio_{s}"] / table[f"lengths_{s}"].clamp(min=1) for s in mean}
         hits["reward_accuracy"] = table["ratio_chosen"] > table["ratio_rejected"]
-        hits["reward_accuracy_mean"] = per_token[0] > per_token[1]
-    scores = {name: hit.double().mean().item() for name, hit in hits.items()}
+        hits["reward_accuracy_mean"] = ratio["chosen"] > ratio["rejected"]
+    scores |= {name: hit.double().mean().item() for name, hit in hits.items()}
     for name in ("kl_chosen", "kl_rejected", "mse_chosen", "mse_rejected"):
         if name in table:
             scores[name] = table[name].mean().item()
@@ -187,19 +182,6 @@ def sample_responses(
     return [[by_job[p, s] for s in range(samples)] for p in range(len(prompts))]
 
 
-def as_pairs(prompts, responses) -> Pairs:
-    """Prompts with one response each, as Pairs without a rejected side."""
-    rows = [
-        (*map(torch.as_tensor, (p, r)),) for p, many in zip(prompts, responses, strict=True) for r in many
-    ]
-    sizes = torch.tensor([[len(p), len(r), 0] for p, r in rows])
-    ends = sizes.flatten().cumsum(0).view(-1, 3)
-    starts = torch.cat([torch.zeros(1, dtype=torch.int64), ends[:-1, 2]])
-    tokens = torch.cat([part.int() for row in rows for part in row])
-    is_target = torch.cat([torch.tensor([False] * len(p) + [True] * len(r)) for p, r in rows])
-    return Pairs(tokens, is_target, torch.cat([starts[:, None], ends], 1), {})
-
-
 @torch.no_grad()
 def response_entropy(policy, pairs: Pairs, *, max_tokens=0, max_pairs=0, **rows) -> torch.Tensor:
     """(n, 3) float64 per response: Σ_t H(π(·|x, y_<t)) in nats, at temperature 1 over the whole vocabulary; log π(y|x);
@@ -230,34 +212,81 @@ def unique_prompts(pairs: Pairs, most: int) -> list[list[int]]:
 
 
 def evaluate(
-    policy,
-    tokenizer,
-    pairs,
-    *,
-    cache=None,
-    k=50,
-    prompts=100,
-    samples=0,
-    max_new_tokens=256,
-    seed=0,
-    progress=False,
-    **rows,
-):
+    policy, tokenizer, pairs, *, cache=None, k=50, prompts=100, samples=0, max_new_tokens=256, top_p=0.95, seed=0,
+    progress=False, **rows,
+):  # fmt: skip
     """`pair_scores`, and with samples > 0 the mean token entropy of sampled responses, under the JSON's keys."""
     scores = pair_scores(evaluate_pairs(policy, pairs, cache=cache, k=k, progress=progress, **rows))
     if samples:
         chosen = unique_prompts(pairs, prompts)
         responses = sample_responses(
-            policy.lm,
-            tokenizer,
-            chosen,
-            samples=samples,
-            max_new_tokens=max_new_tokens,
-            seed=seed,
+            policy.lm, tokenizer, chosen, samples=samples, max_new_tokens=max_new_tokens, top_p=top_p, seed=seed,
             progress=progress,
-        )
-        flat = [p for p in chosen for _ in range(samples)]
-        drawn = as_pairs(flat, [[r] for many in responses for r in many])
+        )  # fmt: skip
+        drawn = Pairs([(p, r, []) for p, many in zip(chosen, responses, strict=True) for r in many])
         total = response_entropy(policy, drawn, **rows).sum(0)
         scores["entropy"] = (total[0] / total[2]).item()
     return scores
+
+
+# ---------------------------------------------------------------------------- the script
+def parse_args(argv=None):
+    """Flags over the preset's values."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    presets.shared_flags(parser)
+    score = parser.add_argument_group("scores")
+    score.add_argument("--prompts", type=int, default=100, help="distinct prompts to sample from (100)")
+    score.add_argument(
+        "--samples", type=int, default=25, help="responses a prompt for the entropy; 0: none (25)"
+    )
+    score.add_argument("--max_new_tokens", type=int, help="longest sampled response")
+    score.add_argument("--top_p", type=float, default=0.95, help="nucleus of the sampling (0.95)")
+    score.add_argument("--seed", type=int, default=0, help="of the sampling")
+    score.add_argument("--json", help="write the scores here")
+    args = parser.parse_args(argv)
+    for name, value in presets.PRESETS[args.preset].items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
+    args.dataset = parser.parse_args(argv).dataset or presets.PRESETS[args.preset]["eval_dataset"]
+    args.model = args.model or presets.default_model(args.preset, "fpo")[0]
+    args.max_new_tokens = args.max_new_tokens or args.eval_tokens
+    if not 0 < args.top_p <= 1:
+        raise ValueError(f"--top_p {args.top_p}: must be above 0 and at most 1")
+    for name in ("samples", "prompts", "k"):
+        if getattr(args, name) < (name != "samples"):
+            raise ValueError(f"--{name} {getattr(args, name)}: must be at least {int(name != 'samples')}")
+    return args
+
+
+def main(argv=None):
+    """Score one model; with --reference also against it."""
+    with presets.one_line_errors(0):
+        args = parse_args(argv)
+    device = presets.start_processes()
+    main_rank = fpo.ranks()[0] == 0
+    presets.make_toy_world(args)
+    with presets.one_line_errors(fpo.ranks()[0]):
+        tokenizer = presets.load_tokenizer(args.model)
+        limits = {"max_length": args.max_length, "max_prompt_length": args.max_prompt_length}
+        pairs = load_pairs(args.dataset, tokenizer, progress=main_rank, **limits)
+        saes, sites = presets.load_saes(args, device) if args.reference else ([], [])
+        policy = fpo.Policy(presets.load_lm(args.model, device), saes, sites)
+        if args.reference:
+            policy.hold_reference(presets.load_lm(args.reference, device))
+    layout = "shared" if device.type == "cuda" else "separate"
+    scores = evaluate(
+        policy, tokenizer, pairs, k=args.k, prompts=args.prompts, samples=args.samples, top_p=args.top_p,
+        max_new_tokens=args.max_new_tokens, seed=args.seed, progress=main_rank,
+        max_tokens=args.micro_batch_tokens, **presets.rows_of(args, tokenizer, layout),
+    )  # fmt: skip
+    if main_rank:
+        for name, value in scores.items():
+            print(f"{name:<24}{value:.4f}")
+        if args.json:
+            fpo.write_json(args.json, scores)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -448,13 +448,12 @@ def find_reference(cache_dir, identity: dict) -> Path:
     """The folder of a cache with this identity: one that has all its SAEs (and perhaps more), else a new one."""
     for manifest in sorted(Path(cache_dir).glob("*/manifest.json")):
         found = json.loads(manifest.read_text())["identity"]
-        same = all(
-            found.get(key) == value for key, value in identity.items() if key not in ("saes", "cache_top")
-        )
+        fixed = [key for key in identity if key not in ("saes", "cache_top")]
+        same = all(found.get(key) == identity[key] for key in fixed)
         wanted = identity["saes"]
-        if same and all(sae in found["saes"] for sae in wanted):
-            if not wanted or found["cache_top"] == identity["cache_top"]:
-                return manifest.parent
+        features = not wanted or found["cache_top"] == identity["cache_top"]
+        if same and features and all(sae in found["saes"] for sae in wanted):
+            return manifest.parent
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     return Path(cache_dir) / key
 

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from sae import load_sae
 
@@ -95,6 +96,7 @@ def start_processes(device: str | None = None) -> torch.device:
     """Join torchrun's other processes (gloo on CPU, nccl on CUDA); alone without torchrun. Returns this rank's device."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    transformers_logging.disable_progress_bar()  # bars of half a second, one a rank
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
     if device == "cuda":
@@ -178,6 +180,17 @@ def default_model(preset: str, method: str) -> tuple[str, str]:
         f"starting from {base}: there is no {tuned}; the paper tunes it first: "
         f"torchrun --nproc_per_node 4 train.py --method sft --preset {preset}"
     )
+
+
+def make_toy_world(args):
+    """Make the toy preset's files where they are missing: rank 0 does, the others wait."""
+    if args.preset == "toy" and not Path("runs/toy/toy.json").exists():
+        if int(os.environ.get("RANK", 0)) == 0:
+            import toy
+
+            toy.make_world(Path("runs/toy"))
+        if dist.is_initialized():
+            dist.barrier()
 
 
 def rows_of(args, tokenizer, layout: str) -> dict:

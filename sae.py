@@ -227,13 +227,14 @@ class SiteHook:
 
     `value`: what the latest forward left, (batch, length, d), with its gradient; None before the first.
     `enabled`: False lets forwards pass by. Activation checkpointing runs a block again during backward, and
-    the sites `mlp` and `att` lie inside a block: set it False before backward, or `value` is overwritten.
+    the sites `mlp` and `att` lie inside it: set it False before backward, or `value` may be overwritten.
     `d`: width of what is read, the model's hidden size; for `att` heads × head size.
 
     Sites: "res", the output of `layers[layer]`; "mlp", of its `post_feedforward_layernorm`; "att", the input
-    of its `self_attn.o_proj`. A `with` block removes the hook at its end. Checkpointing must be
-    non-reentrant: with `use_reentrant=True` a tensor from inside a block has no gradient, and nothing says
-    so. With `layer.compile()`, hook before the first forward. A deepcopy of the model has its own hook.
+    of its `self_attn.o_proj`. A `with` block removes the hook at its end. A deepcopy of the model has its
+    own. Two things fail in silence. Reentrant checkpointing (`use_reentrant=True`): what is captured inside a
+    block has no gradient. `layer.compile()`: hooks inside a compiled block do not fire; hook first, and leave
+    the blocks hooked at `mlp` or `att` uncompiled.
 
     Args: a Hugging Face causal LM with `model.model.layers` (Llama, Qwen, Gemma) or
     `model.model.language_model.layers` (Gemma 3 with images); `layer` from 0.

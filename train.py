@@ -23,19 +23,16 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 import fpo
+import presets
 from data import epoch_order, load_pairs, micro_batches
 from eval_diversity import evaluate
-from presets import (
-    PRESETS, TABLE_5, default_model, load_lm, load_saes, load_tokenizer, one_line_errors, rows_of, shared_flags,
-    start_processes,
-)  # fmt: skip
 
 
 # ---------------------------------------------------------------------------- flags
 def parse_args(argv=None):
     """Flags over the preset's values over nothing: every value ends up in config.json."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    shared_flags(parser)
+    presets.shared_flags(parser)
     parser.add_argument("--method", default="fpo", choices=fpo.METHODS, help="a row of Table 1 (fpo)")
     what = parser.add_argument_group("data and files")
     what.add_argument("--eval_dataset", help="held-out pairs")
@@ -93,8 +90,8 @@ def parse_args(argv=None):
     watch.add_argument("--eval_tokens", type=int, help="longest sampled response")
     args = parser.parse_args(argv)
 
-    preset = PRESETS[args.preset]
-    for name, value in {**preset, **TABLE_5[args.method]}.items():
+    preset = presets.PRESETS[args.preset]
+    for name, value in {**preset, **presets.TABLE_5[args.method]}.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
     if args.method == "sft":  # another data set, and no SAE to read
@@ -103,8 +100,8 @@ def parse_args(argv=None):
             asked.dataset or preset["sft_dataset"],
             asked.eval_dataset or preset["sft_eval_dataset"],
         )
-    args.start_note = "" if args.model else default_model(args.preset, args.method)[1]
-    args.model = args.model or default_model(args.preset, args.method)[0]
+    args.start_note = "" if args.model else presets.default_model(args.preset, args.method)[1]
+    args.model = args.model or presets.default_model(args.preset, args.method)[0]
     args.reference = args.reference or args.model
     args.cache_dir = args.cache_dir or f"runs/{args.preset}/reference"
     args.out = args.out or f"runs/{args.preset}/{args.method}"
@@ -178,10 +175,10 @@ def plan_steps(args, pairs, layout: str, world: int) -> list[list[list[int]]]:
 
 def step_sums(batch, loss, values, statistics) -> dict[str, torch.Tensor]:
     """Sums over a micro-batch's pairs of all that is logged, on the device."""
-    means = statistics.logps / statistics.lengths.clamp(min=1)
-    logged = {"loss": loss, "logps_chosen": means.chunk(2)[0], "logps_rejected": means.chunk(2)[1], **values}
-    logged["accuracy"] = (logged["logps_chosen"] > logged["logps_rejected"]).float()
+    chosen, rejected = (statistics.logps / statistics.lengths.clamp(min=1)).chunk(2)
+    logged = {"loss": loss, "logps_chosen": chosen, **values}
     if "reward_chosen" in values:
+        logged["logps_rejected"], logged["accuracy"] = rejected, (chosen > rejected).float()
         logged["reward_margin"] = values["reward_chosen"] - values["reward_rejected"]
         logged["reward_accuracy"] = (logged["reward_margin"] > 0).float()
     return {name: (value.detach() * batch.weight).sum() for name, value in logged.items()}
@@ -240,21 +237,16 @@ def main(argv=None):
     """Train. Reads from top to bottom."""
     # ---- processes and flags
     rank, world = 0, 1
-    with one_line_errors(0):
+    with presets.one_line_errors(0):
         args = parse_args(argv)
-    device = start_processes()
+    device = presets.start_processes()
     rank, world = fpo.ranks()
     main_rank = rank == 0
-    if args.preset == "toy" and not Path("runs/toy/toy.json").exists():
-        if main_rank:
-            import toy
-
-            toy.make_world(Path("runs/toy"))
-        fpo.barrier()
+    presets.make_toy_world(args)
 
     # ---- data: tokens of both sets, before any model is loaded
-    with one_line_errors(rank):
-        tokenizer = load_tokenizer(args.model)
+    with presets.one_line_errors(rank):
+        tokenizer = presets.load_tokenizer(args.model)
         options = {
             "max_length": args.max_length,
             "max_prompt_length": args.max_prompt_length,
@@ -263,13 +255,13 @@ def main(argv=None):
         pairs = load_pairs(args.dataset, tokenizer, progress=main_rank, **options)
         held_out = load_pairs(args.eval_dataset, tokenizer, progress=main_rank, **options)
         needs_sae = args.method == "fpo" or (args.eval_kl and args.method != "sft")
-        saes, sites = load_saes(args, device) if needs_sae else ([], [])
+        saes, sites = presets.load_saes(args, device) if needs_sae else ([], [])
         layout = ("shared" if device.type == "cuda" else "separate") if args.layout == "auto" else args.layout
-        rows = rows_of(args, tokenizer, layout)
+        rows = presets.rows_of(args, tokenizer, layout)
         budget = {"max_tokens": args.micro_batch_tokens, "max_pairs": args.micro_batch_pairs or 16}
 
         # ---- the model
-        policy = fpo.Policy(load_lm(args.model, device), saes, sites)
+        policy = fpo.Policy(presets.load_lm(args.model, device), saes, sites)
     if main_rank:
         print(args.start_note)
         for name, data in (("train", pairs), ("held out", held_out)):
@@ -281,7 +273,7 @@ def main(argv=None):
     cache = held_out_cache = None
     if args.method in fpo.CACHED:
         same = args.reference == args.model
-        frozen = policy if same else fpo.Policy(load_lm(args.reference, device), saes, sites)
+        frozen = policy if same else fpo.Policy(presets.load_lm(args.reference, device), saes, sites)
         weights = fpo.weights_digest(frozen.lm)
         arithmetic = {"layout": layout, "device": device.type}
         caches = []
@@ -295,13 +287,13 @@ def main(argv=None):
             print(f"reference: {cache.folder}, {cache.size() / len(pairs) / 1e3:.1f} kB a pair")
         del frozen
     elif args.method in fpo.NEEDED:
-        policy.hold_reference(load_lm(args.reference, device))
+        policy.hold_reference(presets.load_lm(args.reference, device))
 
     def scores(samples):
         """Held-out scores; for the KL the reference is loaded here alone."""
         lent = args.eval_kl and args.method not in (*fpo.NEEDED, "sft")
         if lent:
-            policy.hold_reference(load_lm(args.reference, device))
+            policy.hold_reference(presets.load_lm(args.reference, device))
         result = evaluate(
             policy, tokenizer, held_out, cache=held_out_cache, k=args.k, samples=samples,
             max_new_tokens=args.eval_tokens, seed=args.seed, progress=main_rank, **budget, **rows,
@@ -376,7 +368,7 @@ def main(argv=None):
         if main_rank:
             metrics_file.write(json.dumps(line) + "\n")
             metrics_file.flush()
-            shown = {"loss": line["loss"], "acc": line["accuracy"], "margin": line.get("reward_margin", 0.0)}
+            shown = {name: line[name] for name in ("loss", "accuracy", "reward_margin") if name in line}
             bar.set_postfix(
                 {name: f"{value:.3f}" for name, value in shown.items()}
                 | {"pairs/s": f"{line['pairs_per_s']:.1f}"}
