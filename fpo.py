@@ -544,6 +544,7 @@ def _whole(path) -> bool:
 def write_json(path, value):
     """Write JSON aside and rename: a reader sees the old file or the new one."""
     aside = Path(path).with_suffix(f".{os.getpid()}.tmp")
+    aside.parent.mkdir(parents=True, exist_ok=True)
     aside.write_text(json.dumps(value, indent=1) + "\n")
     aside.replace(path)
 

@@ -305,7 +305,7 @@ def main(argv=None):
     # ---- the loop, Phase 2
     plan = plan_steps(args, pairs, layout, world)
     if args.activation_checkpointing:
-        policy.lm.gradient_checkpointing_enable({"use_reentrant": False})
+        policy.lm.activation_checkpointing_enable({"use_reentrant": False})
     before = scores(args.eval_samples)
     policy.train()
     model = DistributedDataParallel(policy, gradient_as_bucket_view=True) if dist.is_initialized() else policy
