@@ -273,11 +273,10 @@ def main(argv=None):
         policy = fpo.Policy(presets.load_lm(args.model, device), saes, sites)
         if args.reference:
             policy.hold_reference(presets.load_lm(args.reference, device))
-    layout = "shared" if device.type == "cuda" else "separate"
     scores = evaluate(
         policy, tokenizer, pairs, k=args.k, prompts=args.prompts, samples=args.samples, top_p=args.top_p,
         max_new_tokens=args.max_new_tokens, seed=args.seed, progress=main_rank,
-        max_tokens=args.micro_batch_tokens, **presets.rows_of(args, tokenizer, layout),
+        max_tokens=args.micro_batch_tokens, **presets.rows_of(args, tokenizer, pairs, device),
     )  # fmt: skip
     if main_rank:
         for name, value in scores.items():

@@ -19,6 +19,8 @@ from sae import load_sae
 
 ULTRAFEEDBACK, ULTRACHAT = "HuggingFaceH4/ultrafeedback_binarized", "HuggingFaceH4/ultrachat_200k"
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
 # Table 5, by method. The paper names no k: 50 is the authors' code's.
 TABLE_5 = {
     "sft": {"beta": None, "alpha": None, "gamma": None},
@@ -116,31 +118,22 @@ def one_line_errors(rank: int):
         raise SystemExit(2) from None
 
 
+@contextlib.contextmanager
 def hub_errors(what: str, name: str):
-    """Turn the hub's many errors about one artefact into a ValueError that says what to do."""
-    return _HubErrors(what, name)
-
-
-class _HubErrors(contextlib.AbstractContextManager):
-    def __init__(self, what, name):
-        self.what, self.name = what, name
-
-    def __exit__(self, kind, error, trace):
-        if error is None or isinstance(error, ValueError):
-            return False
-        chain, seen = error, []
-        while chain is not None:
-            seen.append(chain)
-            chain = chain.__cause__ or chain.__context__
-        if any(isinstance(e, GatedRepoError) or "gated repo" in str(e) for e in seen):
-            todo = f"accept its licence at huggingface.co/{self.name}, then run `hf auth login`"
-        elif any(isinstance(e, RepositoryNotFoundError) for e in seen):
+    """Turn the hub's many errors about one artefact into a ValueError of one line that says what to do."""
+    try:
+        yield
+    except (OSError, HfHubHTTPError) as error:
+        chain = [error]
+        while (before := chain[-1].__cause__ or chain[-1].__context__) is not None:
+            chain.append(before)
+        if any(isinstance(e, GatedRepoError) for e in chain) or "gated repo" in str(error):
+            todo = f"accept its licence at huggingface.co/{name}, then run `hf auth login`"
+        elif any(isinstance(e, RepositoryNotFoundError) for e in chain):
             todo = "no such repository: check the name, or run `hf auth login` if it is private"
-        elif isinstance(error, (OSError, HfHubHTTPError)):
-            todo = str(error).strip().splitlines()[0]
         else:
-            return False
-        raise ValueError(f"{self.what} {self.name!r} can't be loaded: {todo}") from None
+            todo = str(error).strip().splitlines()[0]
+        raise ValueError(f"{what} {name!r} can't be loaded: {todo}") from None
 
 
 def load_tokenizer(name: str, revision=None):
@@ -193,10 +186,20 @@ def make_toy_world(args):
             dist.barrier()
 
 
-def rows_of(args, tokenizer, layout: str) -> dict:
-    """How rows are laid out: the options of data.collate."""
+def rows_of(args, tokenizer, pairs, device) -> dict:
+    """How rows are laid out, as data.collate takes it.
+
+    auto: on CUDA (flex_attention) the prompt is always shared; eager attention costs the square of a row, so there it
+    pays only where the prompt is at least as long as a response.
+    """
+    layout = args.layout
+    if layout == "auto":
+        prompt, chosen, rejected = pairs.bounds.diff(dim=1).double().mean(0).tolist()
+        pays = rejected > 0 and prompt >= max(chosen, rejected)
+        layout = "shared" if device.type == "cuda" or pays else "separate"
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    return {"layout": layout, "pad_id": pad, "row_multiple": 128 if torch.cuda.is_available() else 1}
+    multiple = 128 if device.type == "cuda" else 1
+    return {"layout": layout, "pack_to": args.pack_to, "row_multiple": multiple, "pad_id": pad}
 
 
 def shared_flags(parser: argparse.ArgumentParser):
@@ -211,6 +214,13 @@ def shared_flags(parser: argparse.ArgumentParser):
     what.add_argument("--max_length", type=int, help="tokens of prompt and response (authors' code: 1024)")
     what.add_argument(
         "--max_prompt_length", type=int, help="tokens of the prompt; its beginning is cut (512)"
+    )
+    layouts = ("auto", "shared", "separate")
+    what.add_argument(
+        "--layout", default="auto", choices=layouts, help="the prompt computed once or twice a pair"
+    )
+    what.add_argument(
+        "--pack_to", type=int, default=0, help="fill rows with further pairs to so many tokens (CUDA)"
     )
     sae = parser.add_argument_group("sparse autoencoder")
     sae.add_argument("--sae", help="Gemma Scope repo, directory of its layout, or file")

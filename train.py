@@ -11,6 +11,7 @@ what came out. Everything is written into --out: config.json, metrics.jsonl, mod
 import argparse
 import json
 import math
+import os
 import resource
 import shutil
 import sys
@@ -23,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 import fpo
+import precision
 import presets
 from data import epoch_order, load_pairs, micro_batches
 from eval_diversity import evaluate
@@ -69,14 +71,18 @@ def parse_args(argv=None):
         "--micro_batch_tokens", type=int, help="most tokens of a forward, padding counted; 0: no limit"
     )
     fast.add_argument(
-        "--layout",
-        default="auto",
-        choices=("auto", "shared", "separate"),
-        help="prompt computed once or twice",
-    )
-    fast.add_argument(
         "--activation_checkpointing", action=argparse.BooleanOptionalAction, default=None, help="Table 5: on"
     )
+    fast.add_argument(
+        "--dtype", choices=presets.DTYPES, help="of the computation (CPU float32, CUDA bfloat16)"
+    )
+    fast.add_argument(
+        "--shard",
+        default="states",
+        choices=("none", "states", "fsdp"),
+        help="optimizer states over the ranks, or all (FSDP2)",
+    )
+    fast.add_argument("--compile", action="store_true", help="torch.compile each layer")
     watch = parser.add_argument_group("evaluation")
     watch.add_argument(
         "--eval_every", type=int, help="held-out pairs every so many steps; 0: at the ends alone"
@@ -127,6 +133,12 @@ def check_args(args):
             raise ValueError(f"--{name} {value}: must be at least {low}")
     if args.steps is not None and args.steps < 1:
         raise ValueError(f"--steps {args.steps}: must be at least 1")
+    if args.shard == "fsdp" and args.eval_samples:
+        raise ValueError(
+            f"--eval_samples {args.eval_samples}: must be 0 with --shard fsdp; sample from the saved model"
+        )
+    if args.shard == "fsdp" and "RANK" not in os.environ:
+        raise ValueError("--shard fsdp: start it with torchrun")
     if not 0 <= args.warmup_ratio < 1:
         raise ValueError(f"--warmup_ratio {args.warmup_ratio}: must be from 0 to below 1")
     if args.cache_top and args.cache_top < 4 * args.k:
@@ -148,13 +160,6 @@ def learning_rate(step: int, steps: int, args) -> float:
     if args.schedule == "constant":
         return args.lr
     return args.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
-def make_optimizer(args, parameters):
-    """Adam (2B) or RMSprop (9B), Table 5. Adam's betas are the authors' code's; the paper names none."""
-    if args.optimizer == "adam":
-        return torch.optim.Adam(parameters, lr=args.lr, betas=(0.9, 0.95), eps=1e-8)
-    return torch.optim.RMSprop(parameters, lr=args.lr)
 
 
 def plan_steps(args, pairs, layout: str, world: int) -> list[list[list[int]]]:
@@ -199,23 +204,87 @@ def stop_on_bad_loss(step: int, seen: list):
     )
 
 
+# ---------------------------------------------------------------------------- before the loop
+def load_run(args, device, main_rank):
+    """Data first, then SAEs and the model: a wrong value ends the run before anything large is loaded.
+
+    Returns:
+        tokenizer, pairs, held-out pairs, SAEs, their sites, and how rows are laid out.
+    """
+    tokenizer = presets.load_tokenizer(args.model)
+    limits = {
+        "max_length": args.max_length,
+        "max_prompt_length": args.max_prompt_length,
+        "sft": args.method == "sft",
+    }
+    data = []
+    for name, source in (("train", args.dataset), ("held out", args.eval_dataset)):
+        data.append(load_pairs(source, tokenizer, progress=main_rank, **limits))
+        if main_rank:
+            print(
+                f"{name}: {len(data[-1])} pairs",
+                *(f"{n} × {what}" for what, n in data[-1].notes.items() if n),
+                sep="; ",
+            )
+    needs_sae = args.method == "fpo" or (args.eval_kl and args.method != "sft")
+    saes, sites = presets.load_saes(args, device) if needs_sae else ([], [])
+    return tokenizer, *data, saes, sites, presets.rows_of(args, tokenizer, data[0], device)
+
+
+def load_policy(name, args, device, saes, sites):
+    """A Policy as training runs it, and the digest of its weights (of the main rank's; they are the same)."""
+    fsdp = args.shard == "fsdp"
+    lm = presets.load_lm(name, device, dtype=presets.DTYPES["float32" if fsdp else args.dtype])
+    digest = fpo.weights_digest(lm) if args.method in fpo.CACHED else ""
+    if args.activation_checkpointing:
+        lm.activation_checkpointing_enable({"use_reentrant": False})
+    if args.compile:
+        for layer in lm.model.layers:
+            layer.compile()
+    policy = fpo.Policy(lm, saes, sites)
+    if fsdp:
+        precision.shard_policy(policy, dtype=presets.DTYPES[args.dtype])
+    return policy, digest
+
+
+def load_reference(args, device):
+    """The frozen reference, to be held beside the policy."""
+    lm = presets.load_lm(args.reference, device, dtype=presets.DTYPES[args.dtype])
+    if args.shard == "fsdp":
+        precision.shard_layers(lm, dtype=presets.DTYPES[args.dtype])
+    return lm
+
+
+def offline_reference(args, policy, digest, data, device, saes, sites, rows, budget):
+    """Phase 1 over training and held-out pairs, by the policy itself where training starts from the reference."""
+    if args.reference != args.model:
+        policy, digest = load_policy(args.reference, args, device, saes, sites)
+    arithmetic = {"device": device.type, "compute": args.dtype, "compile": args.compile}
+    arithmetic |= {name: rows[name] for name in ("layout", "pack_to")}
+    caches = []
+    for pairs in data:
+        identity = fpo.reference_identity(
+            policy, pairs, weights=digest, arithmetic=arithmetic, cache_top=args.cache_top
+        )
+        caches.append(fpo.build_reference(policy, pairs, args.cache_dir, identity, **budget, **rows))
+    if args.shard == "fsdp":
+        policy.reshard()
+    return caches
+
+
 # ---------------------------------------------------------------------------- what comes out
-def save_model(lm, tokenizer, args, scores: dict):
-    """A Hugging Face directory with a model card, written aside and renamed."""
-    out, aside = Path(args.out) / "model", Path(args.out) / "model.tmp"
+def save_model(policy, tokenizer, args, scores: dict):
+    """A Hugging Face directory with a model card, written aside and renamed. Every rank must call it."""
+    state = precision.full_state_dict(policy)
+    if fpo.ranks()[0]:
+        return
+    out, aside, old = (Path(args.out) / name for name in ("model", "model.tmp", "model.old"))
     shutil.rmtree(aside, ignore_errors=True)
-    lm.save_pretrained(aside)
+    dtype = presets.DTYPES[args.dtype]
+    policy.lm.config.dtype = dtype
+    policy.lm.save_pretrained(aside, state_dict={name: tensor.to(dtype) for name, tensor in state.items()})
     tokenizer.save_pretrained(aside)
-    rows = "\n".join(f"| {name} | {before:.4g} | {after:.4g} |" for name, (before, after) in scores.items())
-    settings = "\n".join(f"- {name}: {value}" for name, value in sorted(vars(args).items()))
-    front = f"---\nlibrary_name: transformers\nbase_model: {args.model}\ndatasets: [{args.dataset.split(':')[0]}]\n"
-    front += f"tags: [{args.method}, preference-optimization]\n---\n"
-    (aside / "README.md").write_text(
-        f"{front}\n# {args.model}, trained with {args.method.upper()}\n\n"
-        f"Method: {args.method} (arXiv 2411.07618). Data: {args.dataset}.\n\n"
-        f"| held-out {args.eval_dataset} | before | after |\n|---|---|---|\n{rows}\n\nSettings:\n\n{settings}\n"
-    )
-    old = out.with_name("model.old")
+    (aside / "README.md").write_text(model_card(args, scores))
     shutil.rmtree(old, ignore_errors=True)
     if out.exists():
         out.rename(old)
@@ -223,102 +292,90 @@ def save_model(lm, tokenizer, args, scores: dict):
     shutil.rmtree(old, ignore_errors=True)
 
 
-def print_table(before: dict, after: dict) -> dict:
+def model_card(args, scores: dict) -> str:
+    """What a model card says: method, data, hyperparameters, held-out scores before and after."""
+    rows = "\n".join(f"| {name} | {before:.4g} | {after:.4g} |" for name, (before, after) in scores.items())
+    settings = "\n".join(f"- {name}: {value}" for name, value in sorted(vars(args).items()))
+    front = (
+        f"library_name: transformers\nbase_model: {args.model}\ndatasets: [{args.dataset.split(':')[0]}]\n"
+    )
+    front += f"tags: [{args.method}, preference-optimization]\n"
+    return (
+        f"---\n{front}---\n\n# {args.model}, trained with {args.method.upper()}\n\n"
+        f"Method: {args.method} (arXiv 2411.07618). Data: {args.dataset}.\n\n"
+        f"| held-out {args.eval_dataset} | before | after |\n|---|---|---|\n{rows}\n\nSettings:\n\n{settings}\n"
+    )
+
+
+def print_table(scores: dict):
     """The run in a few lines: held-out scores before and after."""
-    both = {name: (before.get(name, 0.0), value) for name, value in after.items()}
     print(f"\n{'held-out':<22}{'before':>10}{'after':>10}")
-    for name, (a, b) in both.items():
-        print(f"{name:<22}{a:>10.4f}{b:>10.4f}")
-    return both
+    for name, (before, after) in scores.items():
+        print(f"{name:<22}{before:>10.4f}{after:>10.4f}")
 
 
 # ---------------------------------------------------------------------------- main
 def main(argv=None):
-    """Train. Reads from top to bottom."""
-    # ---- processes and flags
-    rank, world = 0, 1
+    """Train: reads from top to bottom."""
+    # ---- processes, data, model
     with presets.one_line_errors(0):
         args = parse_args(argv)
     device = presets.start_processes()
     rank, world = fpo.ranks()
     main_rank = rank == 0
+    args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     presets.make_toy_world(args)
-
-    # ---- data: tokens of both sets, before any model is loaded
     with presets.one_line_errors(rank):
-        tokenizer = presets.load_tokenizer(args.model)
-        options = {
-            "max_length": args.max_length,
-            "max_prompt_length": args.max_prompt_length,
-            "sft": args.method == "sft",
-        }
-        pairs = load_pairs(args.dataset, tokenizer, progress=main_rank, **options)
-        held_out = load_pairs(args.eval_dataset, tokenizer, progress=main_rank, **options)
-        needs_sae = args.method == "fpo" or (args.eval_kl and args.method != "sft")
-        saes, sites = presets.load_saes(args, device) if needs_sae else ([], [])
-        layout = ("shared" if device.type == "cuda" else "separate") if args.layout == "auto" else args.layout
-        rows = presets.rows_of(args, tokenizer, layout)
-        budget = {"max_tokens": args.micro_batch_tokens, "max_pairs": args.micro_batch_pairs or 16}
-
-        # ---- the model
-        policy = fpo.Policy(presets.load_lm(args.model, device), saes, sites)
-    if main_rank:
+        tokenizer, pairs, held_out, saes, sites, rows = load_run(args, device, main_rank)
+        policy, digest = load_policy(args.model, args, device, saes, sites)
+    if main_rank and args.start_note:
         print(args.start_note)
-        for name, data in (("train", pairs), ("held out", held_out)):
-            print(
-                f"{name}: {len(data)} pairs", *(f"; {reason}: {n}" for reason, n in data.notes.items() if n)
-            )
+    budget = {"max_tokens": args.micro_batch_tokens, "max_pairs": args.micro_batch_pairs or 16}
 
     # ---- Phase 1: the offline reference
     cache = held_out_cache = None
     if args.method in fpo.CACHED:
-        same = args.reference == args.model
-        frozen = policy if same else fpo.Policy(presets.load_lm(args.reference, device), saes, sites)
-        weights = fpo.weights_digest(frozen.lm)
-        arithmetic = {"layout": layout, "device": device.type}
-        caches = []
-        for data in (pairs, held_out):
-            identity = fpo.reference_identity(
-                frozen, data, weights=weights, arithmetic=arithmetic, cache_top=args.cache_top
-            )
-            caches.append(fpo.build_reference(frozen, data, args.cache_dir, identity, **budget, **rows))
-        cache, held_out_cache = caches
+        cache, held_out_cache = offline_reference(
+            args, policy, digest, (pairs, held_out), device, saes, sites, rows, budget
+        )
         if main_rank:
             print(f"reference: {cache.folder}, {cache.size() / len(pairs) / 1e3:.1f} kB a pair")
-        del frozen
     elif args.method in fpo.NEEDED:
-        policy.hold_reference(presets.load_lm(args.reference, device))
+        policy.hold_reference(load_reference(args, device))
 
     def scores(samples):
-        """Held-out scores; for the KL the reference is loaded here alone."""
+        """Held-out scores; where the KL is wanted, the reference is loaded for it alone."""
         lent = args.eval_kl and args.method not in (*fpo.NEEDED, "sft")
         if lent:
-            policy.hold_reference(presets.load_lm(args.reference, device))
+            policy.hold_reference(load_reference(args, device))
         result = evaluate(
             policy, tokenizer, held_out, cache=held_out_cache, k=args.k, samples=samples,
             max_new_tokens=args.eval_tokens, seed=args.seed, progress=main_rank, **budget, **rows,
         )  # fmt: skip
         if lent:
             policy.hold_reference(None)
+        if args.shard == "fsdp":  # a forward without gradients leaves the root's weights whole
+            policy.reshard()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         return result
 
-    # ---- the loop, Phase 2
-    plan = plan_steps(args, pairs, layout, world)
-    if args.activation_checkpointing:
-        policy.lm.activation_checkpointing_enable({"use_reentrant": False})
+    # ---- Phase 2: the loop
+    plan = plan_steps(args, pairs, rows["layout"], world)
     before = scores(args.eval_samples)
     policy.train()
-    model = DistributedDataParallel(policy, gradient_as_bucket_view=True) if dist.is_initialized() else policy
+    ddp = dist.is_initialized() and args.shard != "fsdp"
+    model = DistributedDataParallel(policy, gradient_as_bucket_view=True) if ddp else policy
     parameters = [p for p in policy.parameters() if p.requires_grad]
-    optimizer = make_optimizer(args, parameters)
+    optimizer = precision.make_optimizer(args.optimizer, parameters, args.lr, shard=args.shard == "states")
     out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
     if main_rank:
-        out.mkdir(parents=True, exist_ok=True)
         fpo.write_json(out / "config.json", vars(args))
-        metrics_file = open(out / "metrics.jsonl", "w")  # noqa: SIM115
     mine = [groups[rank::world] for groups in plan]
     batches = fpo.stream(pairs, [g for groups in mine for g in groups], device=device, cache=cache, **rows)
     bar = tqdm(total=len(plan), desc=args.method, unit=" steps", disable=not main_rank)
+    metrics_file = open(out / "metrics.jsonl" if main_rank else os.devnull, "w")  # noqa: SIM115
     started = time.perf_counter()
     for step, groups in enumerate(mine):
         lr = learning_rate(step, len(plan), args)
@@ -328,20 +385,20 @@ def main(argv=None):
         sums, seen, tokens = {}, [], torch.zeros((), device=device)
         for micro in range(len(groups)):
             batch, reference = next(batches)
-            if world > 1:  # DDP reads this at its forward
+            if ddp:  # read at the forward
                 model.require_backward_grad_sync = micro == len(groups) - 1
             statistics, held = model(batch)
             loss, values = fpo.method_loss(
                 args.method, statistics, held or reference, beta=args.beta, alpha=args.alpha, gamma=args.gamma,
                 k=args.k, stop_gradient=not args.no_stop_gradient,
             )  # fmt: skip
-            # The mean over the global batch's pairs; DDP averages over ranks, hence `world`.
+            # The mean over the global batch's pairs; ranks are averaged, hence `world`.
             ((loss * batch.weight).sum() * (world / n_pairs)).backward()
             for name, value in step_sums(batch, loss, values, statistics).items():
                 sums[name] = sums.get(name, 0.0) + value
             seen.append((batch.index, loss.detach()))
             tokens = tokens + (batch.segment >= 0).sum()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
+        norm = precision.clip_gradients(parameters, args.max_grad_norm or math.inf)
 
         # ---- the step's only wait for the device: what is logged, and whether it is finite
         logged = torch.stack([*sums.values(), tokens]).double()
@@ -356,36 +413,29 @@ def main(argv=None):
         optimizer.zero_grad()
 
         # ---- log and evaluate
-        now = time.perf_counter()
-        line |= {
-            "lr": lr,
-            "pairs_per_s": n_pairs / (now - started),
-            "tokens_per_s": total_tokens / (now - started),
-        }
+        seconds = time.perf_counter() - started
+        line |= {"lr": lr, "pairs_per_s": n_pairs / seconds, "tokens_per_s": total_tokens / seconds}
         line["peak_memory_gb"] = peak_memory_gb(device)
         if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < len(plan):
             line |= {f"eval_{name}": value for name, value in scores(0).items()}
-        if main_rank:
-            metrics_file.write(json.dumps(line) + "\n")
-            metrics_file.flush()
-            shown = {name: line[name] for name in ("loss", "accuracy", "reward_margin") if name in line}
-            bar.set_postfix(
-                {name: f"{value:.3f}" for name, value in shown.items()}
-                | {"pairs/s": f"{line['pairs_per_s']:.1f}"}
-            )
-            bar.update()
+        metrics_file.write(json.dumps(line) + "\n")
+        metrics_file.flush()
+        shown = ("loss", "accuracy", "reward_margin", "pairs_per_s")
+        bar.set_postfix({name: f"{line[name]:.3f}" for name in shown if name in line})
+        bar.update()
         started = time.perf_counter()
     bar.close()
+    metrics_file.close()
 
     # ---- what came out
     after = scores(args.eval_samples)
+    table = {name: (before[name], after[name]) for name in after}
+    save_model(policy, tokenizer, args, table)
     if main_rank:
-        metrics_file.close()
-        table = print_table(before, after)
-        save_model(policy.lm, tokenizer, args, table)
         fpo.write_json(out / "scores.json", {"before": before, "after": after})
-        print(f"\nmodel    {out / 'model'}\nmetrics  {out / 'metrics.jsonl'}\nconfig   {out / 'config.json'}")
-        print(f"scores   {out / 'scores.json'}")
+        print_table(table)
+        for name in ("model", "metrics.jsonl", "config.json", "scores.json"):
+            print(f"{out / name}")
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""precision.py: float32 in two halves, updates against torch's own on float32 weights, and two ranks against one."""
+"""precision.py: float32 in two halves, updates against torch's own in float32, and two ranks against one."""
 
 import copy
 import math
@@ -30,9 +30,9 @@ def same(a, b):
     return a.dtype == b.dtype and torch.equal(bits(a), bits(b))
 
 
-# ---------------------------------------------------------------------------------------- float32 in two halves
+# ---------------------------------------------------------------------------- float32 in two halves
 def test_split_by_hand():
-    # bf16 keeps 8 bits of the significand: around 1 its values are 2^-7 apart. 1 + 2^-8 is halfway: away from zero.
+    # bf16 keeps 8 bits of the significand: above 1 its values are 2^-7 apart; 1 + 2^-8 is halfway.
     step = 2.0**-7
     x = torch.tensor([1.0, 1 + step / 2, -1 - step / 2, 1 + step / 2 - 2**-23, -0.0, 2.0**-149, -(2.0**-126)])
     weight, rest = split(x)
@@ -63,7 +63,7 @@ def test_split_of_the_special_values():
     assert same(join(*split(x)), x)
 
 
-# ---------------------------------------------------------------------------------------- updates
+# ---------------------------------------------------------------------------- updates
 def torchs(rule, parameter):
     """torch's own optimizer with the same settings, its plainest implementation."""
     if rule == "adam":
@@ -72,7 +72,7 @@ def torchs(rule, parameter):
 
 
 def gradients(n, steps=200, seed=0):
-    """bf16 gradients with a lasting direction, of sizes from 1e-12 to 1: a step's share of noise and of zeros."""
+    """bf16 gradients with a lasting direction, noise and some zeros, of sizes from 1e-12 to 1."""
     g = torch.Generator().manual_seed(seed)
     size = 10 ** (-12 * torch.rand(n, generator=g))
     lasting = torch.randn(n, generator=g)
@@ -161,9 +161,9 @@ def test_states_without_the_rest_are_refused():
 
 
 def test_what_would_lose_updates_is_refused():
-    with pytest.raises(ValueError, match="float16.*float32 or bfloat16"):
+    with pytest.raises(ValueError, match=r"float16.*float32 or bfloat16"):
         ExactOptimizer([torch.nn.Parameter(torch.ones(2).half())], LR)
-    with pytest.raises(ValueError, match="sgd.*adam, rmsprop"):
+    with pytest.raises(ValueError, match=r"sgd.*adam, rmsprop"):
         ExactOptimizer([torch.nn.Parameter(torch.ones(2))], LR, rule="sgd")
 
 
@@ -197,7 +197,7 @@ def test_no_temporary_beyond_a_slice(rule, dtype, monkeypatch):
     assert 1000 <= largest.bytes <= 4 * 1000
 
 
-# ---------------------------------------------------------------------------------------- the clip
+# ---------------------------------------------------------------------------- the clip
 def test_clip_by_hand():
     a, b, idle = (torch.nn.Parameter(torch.zeros(n)) for n in (2, 1, 1))
     a.grad, b.grad = torch.tensor([3.0, 0.0]), torch.tensor([-4.0])
@@ -217,7 +217,7 @@ def test_clip_of_bf16_gradients_is_taken_in_float32():
     assert clip_gradients(parameters, 1.0).item() == pytest.approx(norm, rel=1e-6)  # bf16: 2e-3 off
     for p, g in zip(parameters, exact, strict=True):  # one rounding: the nearest bf16 value
         assert p.grad.dtype == torch.bfloat16
-        assert ((p.grad.double() - g / norm).abs() <= 2**-9 * 1.001 * (g / norm).abs()).all()
+        assert ((p.grad.double() - g / norm).abs() <= 2**-8 * 1.0001 * (g / norm).abs()).all()
 
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
@@ -227,7 +227,7 @@ def test_clip_shows_what_is_not_finite(bad):
     assert not clip_gradients([weight], 1.0).isfinite()
 
 
-# ---------------------------------------------------------------------------------------- two ranks
+# ---------------------------------------------------------------------------- two ranks
 STEPS = 3
 
 
@@ -259,7 +259,7 @@ def make_policy(held):
 
 
 def train(policy, rank, world, after_forward=lambda: None):
-    """Losses of held-out pairs, gradient norm and gradients of FPO or TDPO-2 on this rank's share, then a step."""
+    """Per step: log-probabilities, gradient norm, clipped gradients; of FPO, or TDPO-2 with a reference."""
     pairs, mine = make_pairs(8), list(range(rank, 8, world))
     optimizer = ExactOptimizer(policy.parameters(), 1e-2, rule="rmsprop", eps=1.0)  # smooth in the gradient
     records = []

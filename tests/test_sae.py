@@ -282,7 +282,7 @@ def test_truncated_file(tmp_path, suffix):
             ValueError, match=rf"part{suffix}: truncated, pickled, or no {suffix} file"
         ) as caught:
             load_sae(path, layer=0)
-        assert "\n" not in str(caught.value)
+        assert "\n" not in str(caught.value) and caught.value.__suppress_context__
 
 
 class Touch:
@@ -555,12 +555,20 @@ def test_deepcopy_of_a_hooked_model_shares_nothing(site):
     captured.sum().backward()  # its graph is the original's, whole
     assert model.model.embed_tokens.weight.grad.abs().max() > 0
     assert reference.model.embed_tokens.weight.grad is None
-    # copied together, the copy's hook reads the copy, and can be removed from it alone
-    reference, twin = copy.deepcopy((model, hook))
+
+
+@pytest.mark.parametrize("hook_first", [False, True])
+def test_deepcopy_of_model_and_hook_together(hook_first):
+    model = tiny("gemma2")
+    hook = SiteHook(model, 1, "mlp")
+    model(INPUT_IDS)
+    captured = hook.value
+    twin, reference = copy.deepcopy((hook, model)) if hook_first else copy.deepcopy((model, hook))[::-1]
     assert twin.value is None
     reference(INPUT_IDS.flip(0))
     torch.testing.assert_close(twin.value, captured.flip(0))
-    twin.remove()
+    assert hook.value is captured
+    twin.remove()  # from the copy alone
     twin.value = None
     reference(INPUT_IDS)
     model(INPUT_IDS)

@@ -251,9 +251,13 @@ def test_hub_errors_say_what_to_do():
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     response = SimpleNamespace(headers={}, request=None)
-    for kind, says in ((GatedRepoError, "accept its licence"), (RepositoryNotFoundError, "check the name")):
+    cases = (
+        (GatedRepoError, "a gated repo", "accept its licence"),
+        (RepositoryNotFoundError, "no", "check the name"),
+    )
+    for kind, text, says in cases:
         with pytest.raises(ValueError, match=says), presets.hub_errors("model", "google/gemma-2-2b"):
             try:
                 raise kind("no", response=response)
             except kind as error:  # transformers wraps it in an OSError
-                raise OSError("You are trying to access a gated repo.") from error
+                raise OSError(text) from error
