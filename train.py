@@ -238,10 +238,12 @@ def load_policy(name, args, device, saes, sites):
     digest = fpo.weights_digest(lm) if args.method in fpo.CACHED else ""
     if args.activation_checkpointing:
         lm.activation_checkpointing_enable({"use_reentrant": False})
-    if args.compile:
-        for layer in lm.model.layers:
-            layer.compile()
     policy = fpo.Policy(lm, saes, sites)
+    if args.compile:  # hooks come first; one inside a compiled block (mlp, att) would not fire
+        inside = [layer for layer, site in sites if site != "res"]
+        for number, layer in enumerate(lm.model.layers):
+            if number not in inside:
+                layer.compile()
     if fsdp:
         precision.shard_policy(policy, dtype=presets.DTYPES[args.dtype])
     return policy, digest
