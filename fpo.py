@@ -406,13 +406,13 @@ def stream(pairs: Pairs, groups, *, device, cache=None, **rows):
 SHARD = 256  # pairs to a file: what an interruption can lose
 
 
-def weights_digest(lm) -> str:
-    """sha256 over every parameter's name, type, shape and bytes."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(lm.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+def digest(tensors: dict[str, torch.Tensor]) -> str:
+    """sha256 over every tensor's name, type, shape and bytes."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        total.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
 
 
 def reference_identity(
@@ -421,16 +421,14 @@ def reference_identity(
     """All that the cached values depend on; learning rate, α, β, γ, k, method and folder are not among it.
 
     Args:
-        weights: `weights_digest` of the reference.
+        weights: `digest` of the reference's state dict.
         arithmetic: what changes the rounding: row layout, device, compile.
         cache_top: features kept of each response, 0 for all that are not zero.
     """
     saes = []
     for sae, (layer, site) in zip(policy._saes, policy._sites, strict=True):
-        digest = hashlib.sha256()
-        for part in (sae.W_enc, sae.b_enc, sae.threshold):
-            digest.update(part.cpu().numpy().data)
-        saes.append([layer, site, sae.m, digest.hexdigest()])
+        encoder = {name: getattr(sae, name) for name in ("W_enc", "b_enc", "threshold")}
+        saes.append([layer, site, sae.m, digest(encoder)])
     config = policy.lm.config
     return {
         "version": 1,

@@ -5,6 +5,8 @@ A preset fills in every flag; a flag given on the command line overrides it.
 
 import argparse
 import contextlib
+import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -159,6 +161,35 @@ def load_saes(args, device):
     options = {"width": args.sae_width, "site": args.sae_site, "average_l0": args.sae_l0}
     saes = [load_sae(args.sae, layer=layer, **options).to(device) for layer in args.sae_layer]
     return saes, [(layer, args.sae_site) for layer in args.sae_layer]
+
+
+def load_feature_weights(path, saes):
+    """Weights of the squared differences in D_FPO (the control experiment, Table 4), or None without a file.
+
+    The file: {"default": w, "features": {"17": w, …}}, one weight for each SAE feature, at least 0.
+
+    Returns:
+        per SAE (m,) float32, on its device.
+    """
+    if path is None:
+        return None
+    try:
+        with open(path) as file:
+            table = json.load(file)
+        default, features = float(table["default"]), {int(i): float(w) for i, w in table["features"].items()}
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f'{path}: {{"default": number, "features": {{"index": number}}}} is needed: {error}'
+        ) from None
+    if len(saes) != 1:
+        raise ValueError(f"{path}: weights are those of one SAE's features, here are {len(saes)} SAEs")
+    m = saes[0].m
+    for i, w in [(0, default), *features.items()]:
+        if not (0 <= i < m and math.isfinite(w) and w >= 0):
+            raise ValueError(f"{path}: feature {i}, weight {w}: features are 0..{m - 1}, weights at least 0")
+    weights = torch.full((m,), default)
+    weights[list(features)] = torch.tensor(list(features.values()))
+    return (weights.to(saes[0].threshold.device),)
 
 
 def default_model(preset: str, method: str) -> tuple[str, str]:

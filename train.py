@@ -50,6 +50,9 @@ def parse_args(argv=None):
     loss.add_argument(
         "--no_stop_gradient", action="store_true", help="let δ_FPO's chosen term learn (Table 3)"
     )
+    loss.add_argument(
+        "--feature_weights", help="JSON of weights in D_FPO, from eval_diversity.py --find_features"
+    )
     optim = parser.add_argument_group("optimisation (Table 5)")
     optim.add_argument("--optimizer", choices=("adam", "rmsprop"), help="2B: adam, 9B: rmsprop")
     optim.add_argument("--lr", type=float, help="learning rate (5e-7; toy 5e-4)")
@@ -235,7 +238,7 @@ def load_policy(name, args, device, saes, sites):
     """A Policy as training runs it, and the digest of its weights (of the main rank's; they are the same)."""
     fsdp = args.shard == "fsdp"
     lm = presets.load_lm(name, device, dtype=presets.DTYPES["float32" if fsdp else args.dtype])
-    digest = fpo.weights_digest(lm) if args.method in fpo.CACHED else ""
+    digest = fpo.digest(lm.state_dict()) if args.method in fpo.CACHED else ""
     if args.activation_checkpointing:
         lm.activation_checkpointing_enable({"use_reentrant": False})
     policy = fpo.Policy(lm, saes, sites)
@@ -329,6 +332,7 @@ def main(argv=None):
     presets.make_toy_world(args)
     with presets.one_line_errors(rank):
         tokenizer, pairs, held_out, saes, sites, rows = load_run(args, device, main_rank)
+        feature_weights = presets.load_feature_weights(args.feature_weights, saes)
         policy, digest = load_policy(args.model, args, device, saes, sites)
     if main_rank and args.start_note:
         print(args.start_note)
@@ -392,7 +396,7 @@ def main(argv=None):
             statistics, held = model(batch)
             loss, values = fpo.method_loss(
                 args.method, statistics, held or reference, beta=args.beta, alpha=args.alpha, gamma=args.gamma,
-                k=args.k, stop_gradient=not args.no_stop_gradient,
+                k=args.k, stop_gradient=not args.no_stop_gradient, feature_weights=feature_weights,
             )  # fmt: skip
             # The mean over the global batch's pairs; ranks are averaged, hence `world`.
             ((loss * batch.weight).sum() * (world / n_pairs)).backward()

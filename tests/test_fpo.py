@@ -297,7 +297,7 @@ def build(policy, pairs, folder, *, cache_top=0, layout="separate", **budget):
 
 
 def identity_of(policy, pairs, *, cache_top=0, layout="separate"):
-    weights = fpo.weights_digest(policy.lm)
+    weights = fpo.digest(policy.lm.state_dict())
     return fpo.reference_identity(
         policy, pairs, weights=weights, arithmetic={"layout": layout}, cache_top=cache_top
     )
