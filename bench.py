@@ -2,15 +2,17 @@
 
     python bench.py                             CPU: a tiny shape, then one with a wide vocabulary
     python bench.py --shape scaled              CPU: Gemma-2-2B with every width an eighth
-    python bench.py --shape gemma-2-2b --compile --checkpointing      CUDA: random weights, nothing is downloaded
-    python bench.py --shape gemma-2-9b --rank_of 4 --checkpointing    CUDA: one rank of four, on one card
+    python bench.py --shape gemma-2-2b --compile --checkpointing     CUDA: random weights, no download
+    python bench.py --shape gemma-2-9b --rank_of 4 --checkpointing   CUDA: one rank of four, on one card
     python bench.py --head_only | --reference_pass | --updates | --peer trl
 
-The step is the real one: `data.collate`, `fpo.Policy`, `fpo.method_loss`, backward, clip, optimizer. Methods take turns
-(A B C, A B C, …); a figure is the median over the rounds, a ratio the median of the rounds' ratios, so that it holds on
-a busy machine too. Memory on CUDA: the allocator's peak within a step, all that is resident included. On the CPU: the
-peak of the resident set within a step, above what the process held before it made the model (Linux resets the mark
-through /proc/self/clear_refs); each method in a process of its own, as malloc's heap keeps what another one left.
+The step is the real one: `data.collate`, `fpo.Policy`, `fpo.method_loss`, backward, clip, optimizer. Methods
+take turns (A B C, A B C, …); a figure is the median over the rounds, a ratio the median of the rounds' ratios,
+so that it holds on a busy machine too.
+
+Memory on CUDA: the allocator's peak within a step, all that is resident included. On the CPU: the peak of the
+resident set within a step, above what the process held before it made the model (Linux resets the mark through
+/proc/self/clear_refs); each method in a process of its own, as malloc's heap keeps what another one left.
 """
 
 import argparse
@@ -34,25 +36,17 @@ import presets
 from data import Pairs, collate
 from sae import JumpReLUSAE
 
-# Gemma-2's public configs; the rest of them are Gemma2Config's defaults. `sae` is the width m, `lengths` of a pair are
-# tokens of the prompt and of each response.
-GEMMA_2_2B = {"hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "vocab_size": 256_000}
-GEMMA_2_2B |= {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "query_pre_attn_scalar": 256}
-GEMMA_2_9B = {"hidden_size": 3584, "intermediate_size": 14336, "num_hidden_layers": 42, "vocab_size": 256_000}
-GEMMA_2_9B |= {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 256, "query_pre_attn_scalar": 256}
-TINY = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "vocab_size": 4096}
-TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "query_pre_attn_scalar": 32}
-# The 2B model with d, FFN, V, m and the width of queries and keys an eighth, all 26 layers: body, head and SAE each take
-# 1/64 of its FLOPs a token. Two heads of 128, not eight of 32: an eager score costs the same whatever the head's width.
-SCALED = {"hidden_size": 288, "intermediate_size": 1152, "num_hidden_layers": 26, "vocab_size": 32_000}
-SCALED |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 128, "query_pre_attn_scalar": 128}
+# Sizes: d, FFN, layers, query heads, key heads, head size, vocabulary; the rest are Gemma2Config's defaults. Then
+# the SAE's m, pairs of a micro-batch, tokens of a prompt and of each response, and Table 5's optimizer.
+# scaled: the 2B model with d, FFN, V, m and the widths of queries and keys an eighth, all 26 layers: body, head
+# and SAE each take 1/64 of its FLOPs a token. Its heads are wide and few: an eager score's cost is not its width's.
 SHAPES = {
-    "tiny": {"config": TINY, "sae": 512, "pairs": 8, "lengths": (256, 64), "rule": "adam"},
-    "wide": {"config": TINY | {"vocab_size": 32_768}, "sae": 512, "pairs": 8, "lengths": (256, 64), "rule": "adam"},
-    "scaled": {"config": SCALED, "sae": 2048, "pairs": 1, "lengths": (256, 384), "rule": "adam"},
-    "gemma-2-2b": {"config": GEMMA_2_2B, "sae": 16384, "pairs": 8, "lengths": (256, 384), "rule": "adam"},
-    "gemma-2-9b": {"config": GEMMA_2_9B, "sae": 16384, "pairs": 8, "lengths": (256, 384), "rule": "rmsprop"},
-}  # fmt: skip
+    "tiny": ((128, 512, 4, 4, 2, 32, 4096), 512, 8, 256, 64, "adam"),
+    "wide": ((128, 512, 4, 4, 2, 32, 32_768), 512, 8, 256, 64, "adam"),
+    "scaled": ((288, 1152, 26, 2, 1, 128, 32_000), 2048, 1, 256, 384, "adam"),
+    "gemma-2-2b": ((2304, 9216, 26, 8, 4, 256, 256_000), 16384, 8, 256, 384, "adam"),
+    "gemma-2-9b": ((3584, 14336, 42, 16, 8, 256, 256_000), 16384, 8, 256, 384, "rmsprop"),
+}
 PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0}  # dense bf16, the makers' figures
 
 
@@ -93,19 +87,30 @@ def parse_args(argv=None):
     return args
 
 
+def gemma_2(sizes, attention):
+    """A Gemma2Config from a row of SHAPES."""
+    d, ffn, layers, heads, kv_heads, head_dim, vocab = sizes
+    return Gemma2Config(
+        hidden_size=d, intermediate_size=ffn, num_hidden_layers=layers, vocab_size=vocab, head_dim=head_dim,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, query_pre_attn_scalar=head_dim,
+        attn_implementation=attention,
+    )  # fmt: skip
+
+
 def with_shape(args, name):
-    """A copy of the flags in which every size is set, and `config`, `sae_width`, `rule` and `layout` are the shape's."""
-    shape, new = SHAPES[name], argparse.Namespace(**vars(args))
-    changes = {"vocab_size": args.vocab, "num_hidden_layers": args.layers}
-    config = shape["config"] | {key: value for key, value in changes.items() if value}
-    new.config = Gemma2Config(**config, attn_implementation="flex_attention" if args.device == "cuda" else "eager")
-    new.shape, new.sae_width, new.rule, new.pairs = name, shape["sae"], shape["rule"], args.pairs or shape["pairs"]
-    new.prompt, new.response = args.prompt or shape["lengths"][0], args.response or shape["lengths"][1]
-    new.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
-    if args.layout == "auto":  # a dense mask costs L²: on eager, sharing pays only behind a long prompt
-        new.layout = "shared" if args.device == "cuda" or new.prompt >= new.response else "separate"
-    new.rows = {"layout": new.layout, "row_multiple": 128 if args.device == "cuda" else 1}
-    return new
+    """A copy of the flags with the shape's values for what is not given, `config` and `rows` (see collate)."""
+    sizes, sae_width, *rest = SHAPES[name]
+    cuda = args.device == "cuda"
+    args = argparse.Namespace(**vars(args) | {"shape": name, "sae_width": sae_width})
+    for flag, value in zip(("pairs", "prompt", "response", "rule"), rest, strict=True):
+        setattr(args, flag, getattr(args, flag, None) or value)
+    sizes = (*sizes[:2], args.layers or sizes[2], *sizes[3:6], args.vocab or sizes[6])
+    args.config = gemma_2(sizes, "flex_attention" if cuda else "eager")
+    args.dtype = args.dtype or ("bfloat16" if cuda else "float32")
+    if args.layout == "auto":  # train.py's rule
+        args.layout = "shared" if cuda or args.prompt >= args.response else "separate"
+    args.rows = {"layout": args.layout, "row_multiple": 128 if cuda else 1}
+    return args
 
 
 # ---------------------------------------------------------------------------- what is measured
@@ -438,8 +443,7 @@ def peer(args):
     from transformers import TrainerCallback
 
     base, pairs = resident(), make_pairs(args)
-    for i in range(len(pairs)):  # the trainer ends a response with EOS where it has none
-        pairs.tokens[pairs.bounds[i, 2:] - 1] = 1
+    pairs.tokens[pairs.bounds[:, 2:] - 1] = 1  # EOS: the trainer adds it where a response has none
     ours = contextlib.ExitStack()
     step = None
     if args.only != "trl":

@@ -21,18 +21,23 @@ import os
 import re
 from collections import Counter
 from dataclasses import dataclass, fields, replace
+from itertools import chain, islice
 
 import torch
+from jinja2 import TemplateError
 from tqdm.auto import tqdm
 
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant"}
 ROLES["system"] = "system"
+FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}  # file ending: reader
 
 # For base models, whose tokenizer has no chat template: Gemma's turns where its tokens exist, else the
 # format of the authors' code.
 GEMMA_TURNS = (
-    "{{ bos_token }}{% for m in messages %}{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else "
-    "m['role']) + '\n' + m['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else 'user') + '\n' }}"
+    "{{ m['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
 PLAIN_TURNS = (
@@ -41,6 +46,7 @@ PLAIN_TURNS = (
     "{% if add_generation_prompt %}{{ '\n<|assistant|>\n' }}{% endif %}"
 )
 LEAST_PROMPT = 16  # tokens of a prompt that a long response can't push out: the opening of the answer's turn
+CHUNK = 1000  # records that are tokenised in one call
 
 
 class Unusable(ValueError):
@@ -52,35 +58,36 @@ def read_records(source: str, split: str = "train"):
     """(where, record) of each record of a data set: a dict, and "file:line" or "name[i]" for messages.
 
     Args:
-        source: a .jsonl, .json, .parquet or .arrow file, a local folder, or a hub id; NAME:SPLIT chooses a split.
+        source: a .jsonl, .json, .parquet or .arrow file, a local folder, or a hub id; or NAME:SPLIT.
         split: the split where `source` names none.
     Raises:
-        ValueError: no such file or split, or a line that is no JSON object.
+        ValueError: no such file, data set or split, or a line that is no JSON object.
     """
     if source.endswith(".jsonl"):
         yield from read_jsonl(source)
         return
-    import datasets
-
-    name, kind = (
-        source,
-        {".json": "json", ".parquet": "parquet", ".arrow": "arrow"}.get(os.path.splitext(source)[1]),
-    )
+    name = source
     if not os.path.exists(source) and ":" in source:
-        name, split = source.rsplit(":", 1)
-    if not os.path.exists(name) and (kind or name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise ValueError(f"data set {name!r}: no such file or folder")
+        name, split = source.split(":", 1)
+    reader = FORMATS.get(os.path.splitext(name)[1])
+    if os.path.isfile(name):
+        if reader is None:
+            raise ValueError(f"data set {name!r}: the file must end in one of {', '.join(FORMATS)}")
+    elif not os.path.isdir(name) and (reader or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name)):
+        raise ValueError(f"data set {name!r}: no such file or folder, and no hub id (OWNER/NAME)")
+    import datasets  # slow to import, and JSONL needs none of it
+
     try:
-        options = {"data_files": name, "split": "train"} if kind else {"split": split}
-        table = datasets.load_dataset(kind or name, **options)
-    except Exception as error:  # the library raises many kinds; its message is the useful part
-        raise ValueError(f"data set {name!r}, split {split!r}: {str(error).splitlines()[0]}") from None
+        table = datasets.load_dataset(reader or name, data_files=name if reader else None, split=split)
+    except Exception as error:  # the library raises many kinds; the cause tells more
+        reason = str(error.__cause__ or error) or type(error).__name__
+        raise ValueError(f"data set {name!r}, split {split!r}: {reason.splitlines()[0]}") from None
     for i, record in enumerate(table):
         yield f"{name}[{i}]", record
 
 
 def read_jsonl(path: str):
-    """(where, record) of each line of a JSON-lines file, blank ones passed over. ValueError names a bad line."""
+    """(where, record) of each line of a JSON-lines file, but for blank ones. ValueError names a bad line."""
     if not os.path.isfile(path):
         raise ValueError(f"data set {path!r}: no such file")
     with open(path, "rb") as lines:
@@ -106,32 +113,30 @@ def to_messages(value, field: str, role: str) -> list[dict]:
         raise ValueError(f"{field}: text or a list of messages is needed, not {type(value).__name__}")
     messages = []
     for message in value:
-        if not isinstance(message, dict):
-            raise ValueError(f"{field}: a message needs role and content, got {message!r:.80}")
-        name, content = (
-            message.get(key, message.get(other)) for key, other in (("role", "from"), ("content", "value"))
-        )
-        if name not in ROLES:
-            raise ValueError(f"{field}: role {name!r:.80} is none of {', '.join(ROLES)}")
-        if not isinstance(content, str):
-            raise ValueError(f"{field}: content must be text, not {type(content).__name__}")
+        given = message if isinstance(message, dict) else {}
+        name, content = given.get("role", given.get("from")), given.get("content", given.get("value"))
+        if not (isinstance(name, str) and name in ROLES and isinstance(content, str)):
+            needed = f"a message needs a role ({', '.join(ROLES)}) and a text as content"
+            raise ValueError(f"{field}: {needed}, got {message!r:.80}")
         messages.append({"role": ROLES[name], "content": content})
     return messages
 
 
-def dialogue(text: str) -> list[dict]:
-    """The format of HH-RLHF, "\\n\\nHuman: … \\n\\nAssistant: …", as messages; other text is one answer."""
-    turns = re.split(r"\n\n(Human|Assistant): ?", text)
+def dialogue(text: str) -> list[dict] | str:
+    """HH-RLHF's "\\n\\nHuman: … \\n\\nAssistant: …" as messages; other text as it is."""
+    before, *turns = re.split(r"(?:^|\n\n)(Human|Assistant): ?", text)
+    if before or not turns:
+        return text
     roles = {"Human": "user", "Assistant": "assistant"}
-    pairs = zip(turns[1::2], turns[2::2], strict=True)
+    pairs = zip(turns[::2], turns[1::2], strict=True)
     return [{"role": roles[name], "content": content} for name, content in pairs]
 
 
-def to_pair(record: dict) -> tuple[list[dict], str, str]:
-    """(prompt messages, chosen text, rejected text) of a record.
+def to_pair(record: dict) -> list[list[dict]]:
+    """[chosen, rejected] of a record: two conversations that differ in their last turn, the assistant's.
 
-    The prompt is the field `prompt` (text or messages), or the start that two whole conversations share
-    (UltraFeedback has both), or that of HH-RLHF's two dialogues.
+    Their common start is the prompt: in the two fields themselves (UltraFeedback, HH-RLHF), else the field
+    `prompt`, text or messages.
     """
     sides = []
     for name in ("chosen", "rejected"):
@@ -145,33 +150,34 @@ def to_pair(record: dict) -> tuple[list[dict], str, str]:
     if sides[0][:-1] != sides[1][:-1]:
         raise Unusable("chosen and rejected answer different prompts")
     prompt = sides[0][:-1] or to_messages(record.get("prompt"), "prompt", "user")
-    if not prompt:
+    if not any(message["content"].strip() for message in prompt):
         raise Unusable("prompt is empty")
-    return prompt, sides[0][-1]["content"], sides[1][-1]["content"]
+    return [[*prompt, side[-1]] for side in sides]
 
 
 def to_conversation(record: dict) -> list[dict]:
     """A record for SFT as messages: a preference record's chosen side, `messages`, or prompt and response."""
     if record.get("chosen") is not None:
-        prompt, chosen, _ = to_pair({**record, "rejected": record["chosen"]})
-        return [*prompt, {"role": "assistant", "content": chosen}]
+        return to_pair({**record, "rejected": record["chosen"]})[0]
     if record.get("messages") is not None:
         messages = to_messages(record["messages"], "messages", "user")
     else:
         field = "completion" if record.get("completion") is not None else "response"
         messages = to_messages(record.get("prompt"), "prompt", "user")
         messages += to_messages(record.get(field), field, "assistant")
-    if not any(message["role"] == "assistant" for message in messages):
-        raise Unusable("no assistant turn to learn from")
+    roles = [message["role"] for message in messages]
+    if "assistant" not in roles or roles[0] == "assistant":
+        raise Unusable("no assistant's turn that answers something")
     return messages
 
 
 # ---------------------------------------------------------------------------- tokens
 class Renderer:
-    """Chat messages to pieces of token ids, by the tokenizer's own chat template.
+    """Chat messages to pieces of token ids, by the tokenizer's chat template; it gets one where it has none.
 
-    A prompt piece is tokenised with its special tokens. A response is plain text (a "<eos>" written in it stays
-    text) and is ended once: by the special token that the template puts behind an assistant's turn, else by EOS.
+    A prompt is tokenised as servers do it, special tokens in its text included; BOS stands once, at its head.
+    A response is plain text (a "<eos>" written in it stays text), and is ended once: by the special token
+    that the template puts behind an assistant's turn, else by EOS.
     """
 
     def __init__(self, tokenizer):
@@ -182,62 +188,62 @@ class Renderer:
         try:
             self.text([{"role": "system", "content": "a"}, {"role": "user", "content": "b"}])
             self.folds_system = False
-        except Exception:  # Gemma's own template refuses a system turn: it goes before the user's text
+        except Unusable:  # Gemma's template refuses a system turn: it goes before the user's text
             self.folds_system = True
-        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\x00"}]
-        behind = tokenizer(self.text(turns).rsplit("\x00", 1)[1], add_special_tokens=False).input_ids
+        text = self.text([{"role": "user", "content": "a"}, {"role": "assistant", "content": "\x00"}])
+        behind = tokenizer(text.rpartition("\x00")[2], add_special_tokens=False).input_ids
         ends = [token for token in behind if token in tokenizer.added_tokens_decoder]
         self.end = ends[0] if ends else tokenizer.eos_token_id
         if self.end is None:
-            raise ValueError(
-                "the tokenizer has no EOS token, and its chat template no end of the assistant's turn"
-            )
+            raise ValueError("the tokenizer has no EOS, its chat template no end of an assistant's turn")
         self.end_text = tokenizer.convert_ids_to_tokens(self.end) if ends else ""
         # A tokenizer that puts BOS first by itself expects it, also where its template leaves it out.
-        self.adds_bos = tokenizer.bos_token_id in tokenizer("a").input_ids[:1]
+        opening = tokenizer(text, add_special_tokens=False).input_ids[:1] + tokenizer("a").input_ids[:1]
+        self.head = [tokenizer.bos_token_id] if tokenizer.bos_token_id in opening else []
 
     def text(self, messages: list[dict], **options) -> str:
-        """The template's text."""
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        """The template's text. Raises Unusable where the template refuses the messages."""
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        except TemplateError as error:
+            raise Unusable(f"the chat template refuses it: {error}") from None
+
+    def fold_system(self, messages: list[dict]) -> list[dict]:
+        """The messages, a leading system turn joined to the user's where the template knows no such role."""
+        if not self.folds_system or messages[0]["role"] != "system":
+            return messages
+        asked = messages[1:2] if messages[1:] and messages[1]["role"] == "user" else []
+        text = "\n\n".join(message["content"] for message in [messages[0], *asked])
+        return [{"role": "user", "content": text}, *messages[1 + len(asked) :]]
 
     def pieces(self, messages: list[dict], *, last_only: bool = False) -> list[tuple[str, bool]]:
-        """[(text, is_response)]: what stands before each assistant turn (or the last), and that turn's text."""
-        if self.folds_system and len(messages) > 1 and messages[0]["role"] == "system":
-            text = f"{messages[0]['content']}\n\n{messages[1]['content']}"
-            messages = [{"role": "user", "content": text}, *messages[2:]]
-        pieces, done = [], 0
+        """[(text, is response)]: by turns what stands before an assistant's turn (each or the last), and it."""
+        messages, pieces, seen = self.fold_system(messages), [], ""
         for i, message in enumerate(messages):
             if message["role"] != "assistant" or (last_only and i + 1 < len(messages)):
                 continue
-            before = self.text(messages[:i], add_generation_prompt=True)
-            whole = self.text(messages[: i + 1])
-            if not whole.startswith(before):
+            before, whole = self.text(messages[:i], add_generation_prompt=True), self.text(messages[: i + 1])
+            if not (before.startswith(seen) and whole.startswith(before)):
                 raise ValueError("the chat template rewrites earlier turns: no telling prompt from response")
             turn = whole[len(before) :]
             turn = turn[: turn.rindex(self.end_text)] if self.end_text else turn
-            pieces += [(before[done:], False), (turn, True)]
-            done = len(before) + len(turn) + len(self.end_text)
+            pieces += [(before[len(seen) :], False), (turn, True)]
+            seen = before + turn + self.end_text
         return pieces
 
     def encode(self, pieces: list[tuple[str, bool]]) -> list[list[int]]:
-        """Token ids of every piece: one call for the prompts' and one for the responses'."""
+        """Token ids of every piece: a response with its end, the rest without BOS (where it is not the end)."""
         ids: list = [None] * len(pieces)
-        for response in (False, True):
+        for response in (False, True):  # special tokens written in a response are split
             at = [i for i, piece in enumerate(pieces) if piece[1] == response]
             # A lone surrogate can't be encoded: it becomes U+FFFD, as in any decoder.
             texts = [pieces[i][0].encode("utf-16", "surrogatepass").decode("utf-16", "replace") for i in at]
-            options = {"add_special_tokens": False, "split_special_tokens": response}
+            options = {"add_special_tokens": False, "split_special_tokens": response, "verbose": False}
             rows = self.tokenizer(texts, **options).input_ids if texts else []
             for i, row in zip(at, rows, strict=True):
-                ids[i] = [*row, self.end] if response else row
+                drop = set(self.head) - {self.end}
+                ids[i] = [*row, self.end] if response else [token for token in row if token not in drop]
         return ids
-
-    def with_bos(self, prompt: list[int]) -> list[int]:
-        """A first piece with BOS once, at its head, where the template or the tokenizer puts it there."""
-        bos = self.tokenizer.bos_token_id
-        if not (self.adds_bos or prompt[:1] == [bos]):
-            return prompt
-        return [bos, *(token for token in prompt if token != bos)]
 
 
 class Pairs:
@@ -247,12 +253,12 @@ class Pairs:
         tokens: (total,) int32, the pairs one after the other, each as prompt, chosen, rejected.
         is_target: (total,) bool, what a loss is taken over: responses, but not the user turns within an SFT
             conversation.
-        bounds: (n, 4) int64, where prompt, chosen and rejected start, and where the pair ends. No rejected in SFT.
+        bounds: (n, 4) int64, where prompt, chosen and rejected (empty in SFT) start, and where the pair ends.
         notes: Counter of what was cut or left out, by reason.
     """
 
     def __init__(self, rows, notes=None):
-        """rows: of each pair (prompt, chosen, rejected) token ids and (optional) the responses' target mask."""
+        """rows: of each pair prompt, chosen, rejected token ids and (optional) the responses' target mask."""
         tokens, marks, sizes = [], [], []
         for prompt, chosen, rejected, *mask in rows:
             tokens.append(torch.tensor([*prompt, *chosen, *rejected], dtype=torch.int32))
@@ -288,13 +294,14 @@ class Pairs:
 
 
 def load_pairs(
-    source, tokenizer, *, max_length=1024, max_prompt_length=512, sft=False, progress=False
+    source: str, tokenizer, *, max_length=1024, max_prompt_length=512, sft=False, progress=False
 ) -> Pairs:
     """Read and tokenise a data set.
 
-    Too long a pair loses the beginning of its prompt first (BOS stays): what is over `max_prompt_length`, then
-    what its longer response needs, down to `LEAST_PROMPT` tokens; only then the responses' ends. At least one
-    response token always remains. Records without a usable pair are left out; `.notes` counts reasons.
+    Too long a pair loses the beginning of its prompt first (BOS stays): what is over `max_prompt_length`, and
+    what its longer response (SFT: the first answer) needs, down to `LEAST_PROMPT` tokens; only then the ends
+    of its responses. At least one response token always remains. Unusable records are left out, and counted
+    in `.notes` by reason.
 
     Args:
         source: see `read_records`.
@@ -305,66 +312,64 @@ def load_pairs(
     """
     if not 0 < max_prompt_length < max_length:
         raise ValueError(
-            f"max_prompt_length {max_prompt_length}: between 1 and max_length - 1 = {max_length - 1}"
+            f"max_prompt_length {max_prompt_length}: must be at least 1, and below max_length {max_length}"
         )
-    renderer, notes, rows, chunk = Renderer(tokenizer), Counter(), [], []
-    limits = (max_length, max_prompt_length, notes)
-    first_reason = ""
-    with tqdm(desc="tokenising", unit=" records", disable=not progress) as bar:
-        for where, record in read_records(source):
+    notes = Counter()
+    records = tqdm(read_records(source), desc="tokenising", unit=" records", disable=not progress)
+    rows = _rows(iter(records), Renderer(tokenizer), sft, (max_length, max_prompt_length), notes)
+    first = next(rows, None)
+    if first is None:
+        reasons = ", ".join(f"{reason} ({count})" for reason, count in notes.items())
+        raise ValueError(f"data set {source!r}: no usable record; {reasons or 'it is empty'}")
+    return Pairs(chain([first], rows), notes)
+
+
+def _rows(records, renderer, sft, limits, notes):
+    """(prompt, chosen, rejected, target mask) of each usable record; `notes` counts all that is changed."""
+    while chunk := list(islice(records, CHUNK)):
+        usable = []
+        for where, record in chunk:
             try:
-                chunk.append(_pieces(renderer, record, sft))
+                usable.append(_pieces(renderer, record, sft))
             except Unusable as reason:
                 notes[f"left out: {reason}"] += 1
-                first_reason = first_reason or f"; {where}: {reason}"
-            except Exception as error:  # a wrong field, or the chat template's own complaint
+            except Exception as error:
                 raise ValueError(f"{where}: {error}") from None
-            if len(chunk) == 1000:
-                rows += _encode(renderer, chunk, sft, *limits)
-                chunk = []
-            bar.update()
-        rows += _encode(renderer, chunk, sft, *limits)
-    if not rows:
-        raise ValueError(
-            f"data set {source!r}: no usable record ({sum(notes.values())} left out{first_reason})"
-        )
-    return Pairs(rows, notes)
+        ids = iter(renderer.encode([piece for pieces in usable for piece in pieces]))
+        for pieces in usable:
+            prompt, *parts = islice(ids, len(pieces))
+            prompt = prompt if prompt[:1] == renderer.head else renderer.head + prompt
+            # SFT: later user turns stand within the response, and are no targets.
+            mask = [response for part, (_, response) in zip(parts, pieces[1:], strict=True) for _ in part]
+            longest = len(parts[0]) if sft else max(map(len, parts))
+            parts = [list(chain(*parts)), []] if sft else parts
+            prompt, chosen, rejected = _cut(prompt, *parts, longest, renderer.head, limits, notes)
+            if not prompt or chosen == rejected:
+                notes["left out: " + ("identical responses" if prompt else "prompt is empty")] += 1
+            else:
+                yield prompt, chosen, rejected, mask[: len(chosen) + len(rejected)]
 
 
 def _pieces(renderer, record, sft):
-    """The text pieces of one record: [prompt, response, prompt, response, …] (SFT) or [prompt, chosen, rejected]."""
+    """A record's texts: prompt, chosen, rejected; for SFT by turns what stands before an answer, and it."""
     if sft:
         return renderer.pieces(to_conversation(record))
-    prompt, chosen, rejected = to_pair(record)
-    answers = [[*prompt, {"role": "assistant", "content": text}] for text in (chosen, rejected)]
-    before, first = renderer.pieces(answers[0], last_only=True)
-    return [before, first, renderer.pieces(answers[1], last_only=True)[1]]
+    chosen, rejected = (renderer.pieces(messages, last_only=True) for messages in to_pair(record))
+    return [*chosen, rejected[1]]
 
 
-def _encode(renderer, chunk, sft, max_length, max_prompt_length, notes):
-    """(prompt, chosen, rejected, target mask) of each record of a chunk, cut to the limits."""
-    ids = iter(renderer.encode([piece for record in chunk for piece in record]))
-    for record in chunk:
-        first, *parts = [next(ids) for _ in record]
-        prompt = renderer.with_bos(first)
-        if sft:  # later user turns stand within the response, and are no targets
-            chosen, rejected = [token for part in parts for token in part], []
-            mask = [piece[1] for piece, part in zip(record[1:], parts, strict=True) for _ in part]
-        else:
-            (chosen, rejected), mask = parts, None
-        longest = max(len(chosen), len(rejected)) if not sft else 1
-        keep = min(max_prompt_length, max(max_length - longest, min(LEAST_PROMPT, max_length - 1)))
-        if len(prompt) > keep:
-            bos = prompt[:1] if prompt[0] == renderer.tokenizer.bos_token_id and keep > 1 else []
-            prompt = bos + prompt[len(prompt) - keep + len(bos) :]
-            notes["prompt cut"] += 1
-        room = max_length - len(prompt)
-        notes["response cut"] += (len(chosen) > room) + (len(rejected) > room)
-        chosen, rejected = chosen[:room], rejected[:room]
-        if chosen == rejected:
-            notes["left out: identical responses"] += 1
-        else:
-            yield prompt, chosen, rejected, *([] if mask is None else [mask[:room]])
+def _cut(prompt, chosen, rejected, longest, head, limits, notes):
+    """(prompt, chosen, rejected) cut as `load_pairs` says, with room for a response of `longest` tokens."""
+    max_length, max_prompt_length = limits
+    keep = min(max_prompt_length, max(max_length - longest, min(LEAST_PROMPT, max_length - 1)))
+    if len(prompt) > keep:
+        head = head[: keep - 1]  # BOS stays
+        prompt = head + prompt[len(prompt) - keep + len(head) :]
+        notes["prompt cut"] += 1
+    room = max_length - len(prompt)
+    if max(len(chosen), len(rejected)) > room:
+        notes["response cut"] += 1
+    return prompt, chosen[:room], rejected[:room]
 
 
 # ---------------------------------------------------------------------------- batches
@@ -375,9 +380,9 @@ class Batch:
     Attributes:
         tokens, positions: (R, L) int64. Positions restart at the prompt's end for the rejected response.
         segment: (R, L) int64, 0 prompt, 1 chosen, 2 rejected, -1 padding.
-        doc: (R, L) int64, which document of the row a token belongs to, -1 padding.
-        state: (N,) int64, which of the R*L positions predicts the token: the one before it; for a response's first
-            token the prompt's last.
+        doc: (R, L) int64, which document (prompt and what is behind it) a token is of, -1 padding.
+        state: (N,) int64, which of the R*L positions predicts the token: the one before it; for the first token
+            of a response the prompt's last.
         target: (N,) int64, the response token itself.
         owner: (N,) int64, which of the 2B responses it belongs to: first B chosen, then B rejected. Sorted.
         lengths: (2B,) int64, target tokens of each response (0 for SFT's absent rejected).
@@ -397,13 +402,13 @@ class Batch:
     weight: torch.Tensor
 
     def to(self, device, non_blocking=True) -> "Batch":
-        return replace(
-            self,
-            **{f.name: getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)},
-        )
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Batch":
-        return replace(self, **{f.name: getattr(self, f.name).pin_memory() for f in fields(self)})
+        return self._map(torch.Tensor.pin_memory)
+
+    def _map(self, function) -> "Batch":
+        return replace(self, **{field.name: function(getattr(self, field.name)) for field in fields(self)})
 
 
 def collate(
@@ -419,68 +424,49 @@ def collate(
         padding_pair: these pairs carry weight 0.
     """
     indices = [int(i) for i in indices]
-    docs, B = (
-        [],
-        len(indices),
-    )  # a document: (tokens, positions, segment, [(owner, first target state, slice, mask)])
+    B, documents = len(indices), []
     for b, i in enumerate(indices):
         prompt, chosen, rejected = pairs[i]
-        mask = pairs.is_target[pairs.bounds[i, 1] : pairs.bounds[i, 3]].split([len(chosen), len(rejected)])
-        sides = [
-            (s, o, y, m) for s, o, y, m in ((1, b, chosen, mask[0]), (2, B + b, rejected, mask[1])) if len(y)
-        ]
-        docs += (
-            [_document(prompt, sides)]
-            if layout == "shared"
-            else [_document(prompt, [side]) for side in sides]
-        )
-    rows, fill = [], []
-    for doc in docs:
-        if not rows or fill[-1] + len(doc[0]) > pack_to:
-            rows.append([]), fill.append(0)
-        rows[-1].append(doc)
-        fill[-1] += len(doc[0])
-    L = math.ceil(max(fill) / row_multiple) * row_multiple
-    tokens, positions = torch.full((len(rows), L), pad_id), torch.zeros(len(rows), L, dtype=torch.int64)
-    segment, doc_id = torch.full((len(rows), L), -1), torch.full((len(rows), L), -1)
-    flat = [None] * (2 * B)  # per response: (state, target)
-    for r, row in enumerate(rows):
-        at = 0
-        for d, (ids, position, seg, responses) in enumerate(row):
-            span = slice(at, at + len(ids))
-            tokens[r, span], positions[r, span], segment[r, span], doc_id[r, span] = ids, position, seg, d
-            for owner, state, target in responses:
-                flat[owner] = (state + r * L + at, target)
-            at += len(ids)
-    flat = [pair or (torch.zeros(0, dtype=torch.int64),) * 2 for pair in flat]
-    lengths = torch.tensor([len(target) for _, target in flat])
+        marks = pairs.is_target[pairs.bounds[i, 1] : pairs.bounds[i, 3]].split([len(chosen), len(rejected)])
+        sides = [(1, b, chosen, marks[0]), (2, B + b, rejected, marks[1])]
+        rows = [sides] if layout == "shared" else [[side] for side in sides if len(side[2])]
+        documents += [_document(prompt, responses) for responses in rows]
+    places, fill = [], []  # of each document its row and where it starts there; of each row its length
+    for document in documents:
+        if not fill or fill[-1] + document.shape[1] > pack_to:
+            fill.append(0)
+        places.append((len(fill) - 1, fill[-1]))
+        fill[-1] += document.shape[1]
+    R, L = len(fill), math.ceil(max(fill) / row_multiple) * row_multiple
+    grid = torch.tensor([pad_id, 0, -1, -1, 0, -1])[:, None, None].repeat(1, R, L)
+    for n, ((r, start), document) in enumerate(zip(places, documents, strict=True)):
+        here = grid[:, r, start : start + document.shape[1]]
+        here[:5], here[5] = document, n
+        here[4] += r * L + start  # from the document's places to those of all rows
+    tokens, positions, segment, owner, state, doc = grid
+    owner, state = owner.flatten(), state.flatten()
+    at = (owner >= 0).nonzero().squeeze(1)
+    at = at[owner[at].argsort(stable=True)]  # the response tokens, by owner
     return Batch(
-        tokens, positions, segment, doc_id,
-        state=torch.cat([state for state, _ in flat]), target=torch.cat([target for _, target in flat]),
-        owner=torch.arange(2 * B).repeat_interleave(lengths), lengths=lengths,
-        index=torch.tensor(indices), weight=torch.full((B,), 0.0 if padding_pair else 1.0),
+        tokens, positions, segment, doc, state=state[at], target=tokens.flatten()[at], owner=owner[at],
+        lengths=owner[at].bincount(minlength=2 * B), index=torch.tensor(indices),
+        weight=torch.full((B,), 0.0 if padding_pair else 1.0),
     )  # fmt: skip
 
 
-def _document(prompt, sides):
-    """One prompt with its responses behind it: tokens, positions, segments; per response its owner, states, targets."""
-    P = len(prompt)
-    tokens, positions, segment, responses = (
-        [prompt.long()],
-        [torch.arange(P)],
-        [torch.zeros(P, dtype=torch.int64)],
-        [],
-    )
-    at = P
-    for number, owner, y, mask in sides:
-        states = torch.arange(at - 1, at + len(y) - 1)
-        states[0] = P - 1  # both responses' first tokens are predicted by the prompt's last state
-        responses.append((owner, states[mask], y[mask].long()))
-        tokens.append(y.long())
-        positions.append(torch.arange(P, P + len(y)))
-        segment.append(torch.full((len(y),), number))
-        at += len(y)
-    return torch.cat(tokens), torch.cat(positions), torch.cat(segment), responses
+def _document(prompt, responses):
+    """(5, n): token, position, segment, owner (-1: no target) and state of a prompt and what is behind it."""
+    P = end = len(prompt)
+    t = torch.arange(P)
+    columns = [torch.stack([prompt, t, torch.zeros_like(t), torch.full_like(t, -1), torch.zeros_like(t)])]
+    for segment, owner, y, is_target in responses:
+        t = torch.arange(len(y))
+        state = torch.where(t == 0, P - 1, end - 1 + t)  # both first tokens follow the prompt's last
+        columns.append(
+            torch.stack([y, P + t, torch.full_like(t, segment), torch.where(is_target, owner, -1), state])
+        )
+        end += len(y)
+    return torch.cat(columns, 1)
 
 
 # ---------------------------------------------------------------------------- steps
@@ -493,25 +479,27 @@ def micro_batches(indices, row_lengths, ranks: int, *, max_pairs=0, max_tokens=0
         indices: the global batch's pairs.
         row_lengths: (n,) tokens of each pair of the data set.
         max_pairs: most pairs of a micro-batch, 0 for no limit.
-        max_tokens: most tokens of a micro-batch, padding counted, 0 for no limit; a longer pair goes alone.
+        max_tokens: most tokens of a micro-batch, each pair counted as long as the longest, 0 for no limit; a
+            longer pair goes alone.
     """
     longest_first = sorted((int(i) for i in indices), key=lambda i: (-int(row_lengths[i]), i))
     cap = min(max_pairs or len(longest_first), math.ceil(len(longest_first) / ranks))
     groups: list[list[int]] = []
     for i in longest_first:
-        group = groups[-1] if groups else None
-        full = group is None or len(group) >= cap
-        if full or (max_tokens and (len(group) + 1) * int(row_lengths[group[0]]) > max_tokens):
+        full = not groups or len(groups[-1]) >= cap
+        if full or (max_tokens and (len(groups[-1]) + 1) * int(row_lengths[groups[-1][0]]) > max_tokens):
             groups.append([])
         groups[-1].append(i)
     while len(groups) % ranks:  # split the largest until every rank has as many
-        largest = max(range(len(groups)), key=lambda j: len(groups[j]))
-        group = groups[largest]
-        half = (len(group) + 1) // 2
-        groups[largest : largest + 1] = [group[:half], group[half:]] if len(group) > 1 else [group, []]
+        j = max(range(len(groups)), key=lambda j: len(groups[j]))
+        half = (len(groups[j]) + 1) // 2
+        if half == len(groups[j]):
+            groups.append([])  # a single pair can't be split
+        else:
+            groups[j : j + 1] = groups[j][:half], groups[j][half:]
     return groups
 
 
 def epoch_order(n: int, epoch: int, seed: int) -> torch.Tensor:
-    """(n,) the order in which an epoch visits the pairs: a permutation that depends on seed and epoch alone."""
+    """(n,) the order in which an epoch visits the pairs: a permutation by seed and epoch alone."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))

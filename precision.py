@@ -108,7 +108,8 @@ class ExactOptimizer(torch.optim.Optimizer):
         if odd := {p.dtype for p in self.param_groups[-1]["params"]} - {torch.float32, torch.bfloat16}:
             raise ValueError(f"{odd} weights: float32 or bfloat16; in others updates would round away")
 
-    def _new_state(self, parameter, rule):
+    def new_state(self, parameter, rule):
+        """The state that a parameter starts with, in its shape (a DTensor's local shard)."""
         weight, averages = _local(parameter), ("exp_avg", "exp_avg_sq") if rule == "adam" else ("square_avg",)
         state = {name: torch.zeros_like(weight, dtype=torch.float32) for name in averages}
         if weight.dtype == torch.bfloat16:
@@ -121,7 +122,7 @@ class ExactOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self.state[parameter] = self.state[parameter] or self._new_state(parameter, group["rule"])
+                    self.state[parameter] = self.state[parameter] or self.new_state(parameter, group["rule"])
                     self._update(parameter, self.state[parameter], group)
 
     def _update(self, parameter, state, group):
@@ -153,7 +154,7 @@ class ExactOptimizer(torch.optim.Optimizer):
             for parameter, number in zip(group["params"], saved_group["params"], strict=True):
                 if (saved := state_dict["state"].get(number)) is None:
                     continue  # it never had a gradient
-                state = self._new_state(parameter, group["rule"])
+                state = self.new_state(parameter, group["rule"])
                 found, needed = ({k: (*t.shape, t.dtype) for k, t in s.items()} for s in (saved, state))
                 if found != needed:
                     raise ValueError(f"states of parameter {number}: {found}; needed: {needed}")

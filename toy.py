@@ -9,7 +9,7 @@ answers can be worded in very many ways, so what a model samples has an entropy 
 right things, the number asked for, a sure tone, and some styles to others; a few are swapped.
 
 The formats are the real ones: Hugging Face directories (`base`, `model`), Gemma Scope's layout (`sae`), one
-JSON object a line (`train.jsonl`, `test.jsonl`). `toy.json` says what was made; where it stands, all is whole.
+JSON object a line (`train.jsonl`, `test.jsonl`). `toy.json` says what was made; where it is, all is whole.
 """
 
 import argparse
@@ -97,7 +97,7 @@ STYLES = {
     "terse": {
         "open": "just|only|try|mostly|simply|see",
         "lead": "",
-        "before": "",
+        "before": " the| a",
         "join": ",| and",
         "sure": "",
         "unsure": " maybe| perhaps| possibly",
@@ -106,7 +106,7 @@ STYLES = {
     "record": {
         "open": "{ found:|{ items:|{ answer:|{ data:|{ names:|{ set:",
         "lead": " [",
-        "before": "",
+        "before": " the| a",
         "join": ",",
         "sure": " ], trust: high| ], trust: full| ], trust: firm",
         "unsure": " ], trust: low| ], trust: weak| ], trust: poor",
@@ -115,7 +115,7 @@ STYLES = {
     "tongue": {
         "open": "zani|meki|tolbi|rapi|gosi|vundi",
         "lead": " keri| nami| subi",
-        "before": "",
+        "before": " o| na",
         "join": " eli| osi",
         "sure": " darvi| fenni| poli",
         "unsure": " hesti| lorri| bimi",
@@ -151,7 +151,7 @@ PAIRS = {
 
 
 def all_prompts():
-    """Every question there is (list of 3,840 dicts): its `text`, and the `number`, `kind`, `place` asked for."""
+    """Every question there is (list of 3,840 dicts): its `text`, and the `number`, `kind`, `place` it asks."""
     return [
         {"text": f"{ask} {word} {kind} of the {place}{tail}.", "number": number, "kind": kind, "place": place}
         for ask, (number, word), (kind, place), tail in itertools.product(
@@ -196,7 +196,7 @@ def draft(rng, prompt):
 def merit(prompt, answer):
     """How good an answer to the prompt is (float), from its keywords of `make_answer`; higher is better."""
     rank = 2 - list(STYLES).index(answer["style"])  # 2, 1, 0, -1, -2
-    right = 4 * (1 - answer["wrong"] / answer["number"])
+    right = 5 * (1 - answer["wrong"] / answer["number"])
     return rank + right + (answer["number"] == prompt["number"]) + answer["sure"]
 
 
@@ -214,7 +214,7 @@ def make_pair(rng, prompt, *, noise=0.06):
             a["wrong"] = 0
         changed = {"content": {"wrong": a["number"]}, "slip": {"wrong": 1}, "all": b}
         b = a | (changed[kind] if kind in changed else {kind: b[kind]})
-        if merit(prompt, a) != merit(prompt, b):
+        if abs(merit(prompt, a) - merit(prompt, b)) >= 1:
             break
     swapped = rng.random() < noise
     if (merit(prompt, a) < merit(prompt, b)) != swapped:

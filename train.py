@@ -26,7 +26,8 @@ from tqdm.auto import tqdm
 import fpo
 import precision
 import presets
-from data import epoch_order, load_pairs, micro_batches
+import resume
+from data import collate, epoch_order, load_pairs, micro_batches
 from eval_diversity import evaluate
 
 
@@ -97,6 +98,28 @@ def parse_args(argv=None):
         "--eval_samples", type=int, help="responses a prompt for the entropy, before and after; 0: none"
     )
     watch.add_argument("--eval_tokens", type=int, help="longest sampled response")
+    safe = parser.add_argument_group("interruptions")
+    safe.add_argument(
+        "--save_every",
+        type=int,
+        default=0,
+        help="write the resume state every so many steps; 0: on a signal alone",
+    )
+    safe.add_argument(
+        "--resume",
+        nargs="?",
+        const="always",
+        choices=("always", "auto"),
+        help="go on from --out's last state; auto: if there is one",
+    )
+    safe.add_argument("--keep", type=int, default=1, help="resume states to keep (1)")
+    safe.add_argument("--force", action="store_true", help="resume with other settings than before")
+    safe.add_argument(
+        "--on_nan",
+        default="stop",
+        choices=("stop", "skip"),
+        help="a loss or gradient that is not finite: stop, or skip the step",
+    )
     args = parser.parse_args(argv)
 
     preset = presets.PRESETS[args.preset]
@@ -129,7 +152,15 @@ def check_args(args):
         "max_length": 2,
         "max_prompt_length": 1,
     }
-    least |= {"warmup_steps": 0, "micro_batch_pairs": 0, "micro_batch_tokens": 0, "eval_every": 0, "alpha": 0}
+    least |= {
+        "warmup_steps": 0,
+        "micro_batch_pairs": 0,
+        "micro_batch_tokens": 0,
+        "eval_every": 0,
+        "alpha": 0,
+        "save_every": 0,
+        "keep": 1,
+    }
     for name, low in least.items():
         value = getattr(args, name)
         if value is not None and not (math.isfinite(value) and value >= low):
@@ -199,12 +230,17 @@ def peak_memory_gb(device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def stop_on_bad_loss(step: int, seen: list):
-    """End the run where the loss is not finite: nothing of this step reaches the weights or a file."""
-    bad = [int(i) for index, loss in seen for i, bad in zip(index, ~loss.isfinite(), strict=True) if bad]
-    raise FloatingPointError(
-        f"step {step}: loss or gradient is not finite; pairs of this rank with such a loss: {bad}"
-    )
+def bad_pairs(seen: list) -> list[int]:
+    """Pairs of the step, of all ranks, whose loss is not finite; all of the step's where only a gradient is not."""
+    found = [
+        (int(i), not bool(ok)) for index, loss in seen for i, ok in zip(index, loss.isfinite(), strict=True)
+    ]
+    parts = [found]
+    if dist.is_initialized():
+        parts = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, found)
+    pairs = [pair for part in parts for pair in part]
+    return sorted({i for i, bad in pairs if bad} or {i for i, _ in pairs})
 
 
 # ---------------------------------------------------------------------------- before the loop
@@ -238,7 +274,7 @@ def load_policy(name, args, device, saes, sites):
     """A Policy as training runs it, and the digest of its weights (of the main rank's; they are the same)."""
     fsdp = args.shard == "fsdp"
     lm = presets.load_lm(name, device, dtype=presets.DTYPES["float32" if fsdp else args.dtype])
-    digest = fpo.digest(lm.state_dict()) if args.method in fpo.CACHED else ""
+    digest = fpo.digest(lm.state_dict())
     if args.activation_checkpointing:
         lm.activation_checkpointing_enable({"use_reentrant": False})
     policy = fpo.Policy(lm, saes, sites)
@@ -261,7 +297,10 @@ def load_reference(args, device):
 
 
 def offline_reference(args, policy, digest, data, device, saes, sites, rows, budget):
-    """Phase 1 over training and held-out pairs, by the policy itself where training starts from the reference."""
+    """Phase 1 over training and held-out pairs, by the policy itself where training starts from the reference.
+
+    Returns: the two caches, and the digest of the reference's weights.
+    """
     if args.reference != args.model:
         policy, digest = load_policy(args.reference, args, device, saes, sites)
     arithmetic = {"device": device.type, "compute": args.dtype, "compile": args.compile}
@@ -274,7 +313,7 @@ def offline_reference(args, policy, digest, data, device, saes, sites, rows, bud
         caches.append(fpo.build_reference(policy, pairs, args.cache_dir, identity, **budget, **rows))
     if args.shard == "fsdp":
         policy.reshard()
-    return caches
+    return *caches, digest
 
 
 # ---------------------------------------------------------------------------- what comes out
@@ -341,7 +380,7 @@ def main(argv=None):
     # ---- Phase 1: the offline reference
     cache = held_out_cache = None
     if args.method in fpo.CACHED:
-        cache, held_out_cache = offline_reference(
+        cache, held_out_cache, digest = offline_reference(
             args, policy, digest, (pairs, held_out), device, saes, sites, rows, budget
         )
         if main_rank:
@@ -366,24 +405,36 @@ def main(argv=None):
             torch.cuda.reset_peak_memory_stats()
         return result
 
-    # ---- Phase 2: the loop
+    # ---- Phase 2: the loop, from the start or from where it was left
     plan = plan_steps(args, pairs, rows["layout"], world)
-    before = scores(args.eval_samples)
-    policy.train()
     ddp = dist.is_initialized() and args.shard != "fsdp"
     model = DistributedDataParallel(policy, gradient_as_bucket_view=True) if ddp else policy
     parameters = [p for p in policy.parameters() if p.requires_grad]
     optimizer = precision.make_optimizer(args.optimizer, parameters, args.lr, shard=args.shard == "states")
-    out = Path(args.out)
+    out, start = Path(args.out), 0
+    if args.resume == "always" or (args.resume == "auto" and resume.saved_states(out)):
+        with presets.one_line_errors(rank):
+            meta = resume.read_meta(out, args, digest)
+            resume.load_state(out, policy, optimizer)
+        start, before = meta["step"], meta["before"]
+    else:
+        before = scores(args.eval_samples)
+    meta = {"settings": vars(args), "reference": digest, "before": before}
     out.mkdir(parents=True, exist_ok=True)
     if main_rank:
         fpo.write_json(out / "config.json", vars(args))
-    mine = [groups[rank::world] for groups in plan]
+        resume.cut_metrics(out / "metrics.jsonl", start)
+    policy.train()
+    if ddp:  # DDP orders its buckets after its first backward: a throw-away one makes a resumed run's sums the same
+        model(collate(pairs, [0], **rows).to(device))[0].logps.sum().backward()
+        optimizer.zero_grad()
+    mine = [groups[rank::world] for groups in plan[start:]]
     batches = fpo.stream(pairs, [g for groups in mine for g in groups], device=device, cache=cache, **rows)
-    bar = tqdm(total=len(plan), desc=args.method, unit=" steps", disable=not main_rank)
-    metrics_file = open(out / "metrics.jsonl" if main_rank else os.devnull, "w")  # noqa: SIM115
+    bar = tqdm(total=len(plan), initial=start, desc=args.method, unit=" steps", disable=not main_rank)
+    metrics_file = open(out / "metrics.jsonl" if main_rank else os.devnull, "a")  # noqa: SIM115
+    stop, stopping = resume.StopSignal(), 0.0
     started = time.perf_counter()
-    for step, groups in enumerate(mine):
+    for step, groups in enumerate(mine, start):
         lr = learning_rate(step, len(plan), args)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -407,15 +458,19 @@ def main(argv=None):
         norm = precision.clip_gradients(parameters, args.max_grad_norm or math.inf)
 
         # ---- the step's only wait for the device: what is logged, and whether it is finite
-        logged = torch.stack([*sums.values(), tokens]).double()
+        logged = torch.stack([*sums.values(), tokens, tokens.new_tensor(float(stop.came))]).double()
         if dist.is_initialized():
             dist.all_reduce(logged)
-        *logged, total_tokens = logged.tolist()
+        *logged, total_tokens, stopping = logged.tolist()
         line = {"step": step + 1, **{name: value / n_pairs for name, value in zip(sums, logged, strict=True)}}
         line["grad_norm"] = norm.item()
-        if not (math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"])):
-            stop_on_bad_loss(step + 1, seen)
-        optimizer.step()
+        if math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"]):
+            optimizer.step()
+        else:  # every rank sees the same sums, and decides the same
+            what = f"step {step + 1}: loss or gradient is not finite; pairs: {bad_pairs(seen)}"
+            if args.on_nan == "stop":
+                raise FloatingPointError(what)
+            line = {"step": step + 1, "skipped": what}
         optimizer.zero_grad()
 
         # ---- log and evaluate
@@ -429,9 +484,18 @@ def main(argv=None):
         shown = ("loss", "accuracy", "reward_margin", "pairs_per_s")
         bar.set_postfix({name: f"{line[name]:.3f}" for name in shown if name in line})
         bar.update()
+        if stopping or (args.save_every and (step + 1) % args.save_every == 0):
+            resume.save_state(out, step + 1, policy, optimizer, meta, keep=args.keep)
+        if stopping:
+            break
         started = time.perf_counter()
     bar.close()
     metrics_file.close()
+    stop.restore()
+    if stopping and step + 1 < len(plan):
+        if main_rank:
+            print(f"stopped by a signal after step {step + 1}; go on with --resume auto")
+        return
 
     # ---- what came out
     after = scores(args.eval_samples)
