@@ -61,7 +61,9 @@ def parse_args(argv=None):
     what.add_argument("--peer", choices=("trl",), help="DPO here and in TRL's DPOTrainer")
     what.add_argument("--only", help=argparse.SUPPRESS)  # a child process: measure the memory of this one
     size = parser.add_argument_group("sizes")
-    size.add_argument("--shape", choices=SHAPES, help="model, SAE and lengths (tiny and wide, one after the other)")
+    size.add_argument(
+        "--shape", choices=SHAPES, help="model, SAE and lengths (tiny and wide, one after the other)"
+    )
     size.add_argument("--pairs", type=int, help="pairs of a micro-batch")
     size.add_argument("--prompt", type=int, help="tokens of a prompt")
     size.add_argument("--response", type=int, help="tokens of each response")
@@ -71,13 +73,21 @@ def parse_args(argv=None):
     how.add_argument("--methods", nargs="+", choices=fpo.METHODS[1:],
                      default=["simpo", "dpo", "fpo", "tdpo1", "tdpo2"], help="methods, in turn")  # fmt: skip
     how.add_argument("--rounds", type=int, default=5, help="steps of each that are counted")
-    how.add_argument("--layout", default="auto", choices=("auto", "shared", "separate"), help="rows of a pair")
-    how.add_argument("--head", default="chunked", choices=("chunked", "plain"), help="plain: all logits at once")
+    how.add_argument(
+        "--layout", default="auto", choices=("auto", "shared", "separate"), help="rows of a pair"
+    )
+    how.add_argument(
+        "--head", default="chunked", choices=("chunked", "plain"), help="plain: all logits at once"
+    )
     how.add_argument("--compile", action="store_true", help="compile each layer")
     how.add_argument("--checkpointing", action="store_true", help="activation checkpointing")
     how.add_argument("--dtype", choices=("float32", "bfloat16"), help="weights (CUDA: bfloat16)")
-    how.add_argument("--rank_of", type=int, default=1, help="a rank of N: its share of the optimizer's states")
-    how.add_argument("--peak_tflops", type=float, help="the device's peak, for MFU (known for A100, H100, H200)")
+    how.add_argument(
+        "--rank_of", type=int, default=1, help="a rank of N: its share of the optimizer's states"
+    )
+    how.add_argument(
+        "--peak_tflops", type=float, help="the device's peak, for MFU (known for A100, H100, H200)"
+    )
     how.add_argument("--json", help="write all figures to this file")
     args = parser.parse_args(argv)
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -119,7 +129,9 @@ def make_lm(args, seed=0):
     torch.manual_seed(seed)
     with torch.device(args.device):
         lm = AutoModelForCausalLM.from_config(
-            args.config, dtype=getattr(torch, args.dtype), attn_implementation=args.config._attn_implementation
+            args.config,
+            dtype=getattr(torch, args.dtype),
+            attn_implementation=args.config._attn_implementation,
         )
     for layer in lm.model.layers if args.compile else ():
         layer.compile()
@@ -132,7 +144,9 @@ def make_sae(lm, width, layer):
     W_enc = torch.randn(d, width, device=device) / d**0.5
     tokens = torch.randint(4, lm.config.vocab_size, (1, 128), device=device)
     with torch.no_grad():
-        h = lm.model(tokens, output_hidden_states=True, use_cache=False).hidden_states[layer]  # what enters it
+        h = lm.model(tokens, output_hidden_states=True, use_cache=False).hidden_states[
+            layer
+        ]  # what enters it
     threshold = (h[0].float() @ W_enc).quantile(1 - 1 / 300).expand(width).clamp(min=0)
     zeros = torch.zeros(width, device=device)
     sae = JumpReLUSAE(W_enc, zeros, W_enc.T, torch.zeros(d, device=device), threshold)
@@ -148,7 +162,9 @@ def make_pairs(args, n=None):
     return Pairs([[text(size) for size in lengths] for _ in range(n or args.pairs)])
 
 
-def plain_statistics(states, weight, targets, *, softcap=None, ref_states=None, ref_weight=None, entropy=False):
+def plain_statistics(
+    states, weight, targets, *, softcap=None, ref_states=None, ref_weight=None, entropy=False
+):
     """`fpo.token_statistics` from all logits at once, (N, V): the same values, for comparison."""
 
     def log_softmax(h, W):
@@ -353,7 +369,9 @@ def reference_pass(args):
             for group in groups:
                 batch = collate(pairs, group, **args.rows).to(args.device)
                 mask = fpo.attention_mask(batch, args.config, steps.lm.dtype)
-                out = steps.lm.model(batch.tokens, position_ids=batch.positions, attention_mask=mask, use_cache=False)
+                out = steps.lm.model(
+                    batch.tokens, position_ids=batch.positions, attention_mask=mask, use_cache=False
+                )
                 states = out.last_hidden_state.flatten(0, 1)[batch.state]
                 plain_statistics(states, steps.lm.get_output_embeddings().weight, batch.target, **options)
 
@@ -362,7 +380,9 @@ def reference_pass(args):
             identity = fpo.reference_identity(policy, pairs, weights="", arithmetic={})
             cache = fpo.build_reference(policy, pairs, folder, identity, max_pairs=args.pairs, **args.rows)
             sizes.append(cache.size() / n)
-            lookups.extend(seconds(lambda group=group: cache.lookup(torch.tensor(group)), "cpu") for group in groups)
+            lookups.extend(
+                seconds(lambda group=group: cache.lookup(torch.tensor(group)), "cpu") for group in groups
+            )
 
     sizes, lookups = [], []
     turn = contextlib.nullcontext
@@ -371,7 +391,12 @@ def reference_pass(args):
         step()
         lookup = median(lookups) / median(seconds(step, args.device) for _ in range(args.rounds))
     speed = median(a / b for a, b in zip(times["bare"], times["phase 1"], strict=True))
-    row = {"pairs": n, "bare pairs/s": n / median(times["bare"]), "speed/bare": speed, "kB/pair": sizes[0] / 1e3}
+    row = {
+        "pairs": n,
+        "bare pairs/s": n / median(times["bare"]),
+        "speed/bare": speed,
+        "kB/pair": sizes[0] / 1e3,
+    }
     row |= {"lookup/step": lookup}
     print_rows(f"{args.shape}: the reference pass", [row])
     return row
@@ -405,7 +430,9 @@ def updates(args):
             lost["exact"] += int((moves & (joined != master)).sum())
         for name in lost:
             equal = bool((joined == master).all()) if name == "exact" else None
-            rows.append({"optimizer": f"{rule}, {name}", "share lost": lost[name] / moved, "bit-equal": equal})
+            rows.append(
+                {"optimizer": f"{rule}, {name}", "share lost": lost[name] / moved, "bit-equal": equal}
+            )
     print_rows(f"updates lost at lr {lr}, bf16 weights, 200 steps", rows)
     return rows
 
@@ -421,7 +448,9 @@ def trl_trainer(args, pairs, folder, steps, callback):
     # A token is a word: text goes in, since the trainer tokenises by itself, and the same ids come out.
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(args.config.vocab_size)}, unk_token="w3"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w1", bos_token="w2")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="w0", eos_token="w1", bos_token="w2"
+    )
     text = lambda ids: "".join(f" w{i}" for i in ids.tolist())  # noqa: E731
     names = ("prompt", "chosen", "rejected")
     rows = [{name: text(ids) for name, ids in zip(names, pairs[i], strict=True)} for i in range(len(pairs))]
@@ -519,7 +548,9 @@ def plan(
         "gradients": P * master / (ranks if fsdp else 1),
         "optimizer": P * states / (1 if shard == "none" else ranks),
         "layers in flight": 3 * layer * b + 2 * V * d * b if fsdp else 0,
-        "activations": T * (depth * d * b + kept + working) if checkpointing else T * (depth * kept + working),
+        "activations": T * (depth * d * b + kept + working)
+        if checkpointing
+        else T * (depth * kept + working),
         "head": N * chunk * 4 * blocks + 3 * N * d * 4 + V * d * b,  # its dW waits for the embedding's
         "embedding gradient": V * d * b,
         "SAE": 0.0,
@@ -556,7 +587,9 @@ def print_plan(items, gpu_gb=80.0):
 def main(argv=None):
     """Run what the flags ask for."""
     args = parse_args(argv)
-    if args.peer and os.environ.get("MALLOC_MMAP_MAX_") != "0":  # or page faults in big tensors decide, mostly TRL's
+    if (
+        args.peer and os.environ.get("MALLOC_MMAP_MAX_") != "0"
+    ):  # or page faults in big tensors decide, mostly TRL's
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"MALLOC_MMAP_MAX_": "0"})
     if args.head == "plain":
         fpo.token_statistics = plain_statistics
@@ -567,8 +600,14 @@ def main(argv=None):
         shapes = [args.shape] if args.shape else ["tiny", "wide"]
         figures = {shape: section(with_shape(args, shape)) for shape in shapes}
     if args.json and not args.only:
-        card = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-        fpo.write_json(args.json, {"device": card, "torch": torch.__version__, "flags": vars(args), "figures": figures})
+        card = (
+            torch.cuda.get_device_name()
+            if args.device == "cuda"
+            else f"CPU, {torch.get_num_threads()} threads"
+        )
+        fpo.write_json(
+            args.json, {"device": card, "torch": torch.__version__, "flags": vars(args), "figures": figures}
+        )
 
 
 if __name__ == "__main__":

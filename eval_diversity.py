@@ -260,12 +260,12 @@ def parse_args(argv=None):
 
 def main(argv=None):
     """Score one model; with --reference also against it."""
-    with presets.one_line_errors(0):
+    with presets.one_line_errors():
         args = parse_args(argv)
     device = presets.start_processes()
     main_rank = fpo.ranks()[0] == 0
     presets.make_toy_world(args)
-    with presets.one_line_errors(fpo.ranks()[0]):
+    with presets.one_line_errors():
         tokenizer = presets.load_tokenizer(args.model)
         limits = {"max_length": args.max_length, "max_prompt_length": args.max_prompt_length}
         pairs = load_pairs(args.dataset, tokenizer, progress=main_rank, **limits)

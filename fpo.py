@@ -23,6 +23,7 @@ Everything after the transformer works on the N states that predict response tok
 the logits of all positions.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -444,14 +445,17 @@ def reference_identity(
 
 def find_reference(cache_dir, identity: dict) -> Path:
     """The folder of a cache with this identity: one that has all its SAEs (and perhaps more), else a new one."""
-    for manifest in sorted(Path(cache_dir).glob("*/manifest.json")):
-        found = json.loads(manifest.read_text())["identity"]
+    for folder in sorted(Path(cache_dir).glob("*/")):
+        manifest = _manifest(folder)
+        if manifest is None or manifest["shard"] != SHARD:
+            continue
+        found = manifest["identity"]
         fixed = [key for key in identity if key not in ("saes", "cache_top")]
         same = all(found.get(key) == identity[key] for key in fixed)
         wanted = identity["saes"]
         features = not wanted or found["cache_top"] == identity["cache_top"]
         if same and features and all(sae in found["saes"] for sae in wanted):
-            return manifest.parent
+            return folder
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     return Path(cache_dir) / key
 
@@ -476,11 +480,13 @@ def build_reference(
     device = policy.lm.device
     folder = find_reference(cache_dir, identity)
     barrier()  # every rank has looked before any writes
-    if rank == 0 and not (folder / "manifest.json").exists():
-        folder.mkdir(parents=True, exist_ok=True)
+    lock = _lock(folder) if rank == 0 else None
+    if rank == 0 and _manifest(folder) is None:
         write_json(folder / "manifest.json", {"identity": identity, "pairs": len(pairs), "shard": SHARD})
     barrier()
-    missing = [s for s in range(-(-len(pairs) // SHARD)) if not _whole(folder / f"shard_{s:05d}.safetensors")]
+    shards = [folder / f"shard_{s:05d}.safetensors" for s in range(-(-len(pairs) // SHARD))]
+    missing = [s for s, path in enumerate(shards) if not _whole(path)]
+    barrier()  # every rank has seen the same
     lengths, groups, ends = pairs.row_lengths(rows["layout"]), [], {}
     for shard in missing[rank::world]:
         members = range(shard * SHARD, min(len(pairs), (shard + 1) * SHARD))
@@ -496,10 +502,12 @@ def build_reference(
             if groups[i]:
                 parts.append(_sparse(batch.index, statistics, identity["cache_top"]))
             if i in ends:
-                _write_shard(folder / f"shard_{ends[i]:05d}.safetensors", parts)
+                _write_shard(shards[ends[i]], parts)
                 parts = []
             bar.update()
     barrier()
+    if lock:
+        lock.close()
     return ReferenceCache(folder, identity["saes"])
 
 
@@ -526,17 +534,58 @@ def _write_shard(path, parts):
         tensors[f"ids.{s}"] = torch.cat([ids for ids, _ in vectors])
         tensors[f"values.{s}"] = torch.cat([values for _, values in vectors])
     aside = path.with_suffix(f".{os.getpid()}.tmp")
-    save_file(tensors, aside)
+    try:
+        save_file(tensors, aside, metadata={"cache": path.parent.name})
+    except SafetensorError as error:
+        aside.unlink(missing_ok=True)
+        raise OSError(f"{aside}: {error}") from None
+    checksum, stat = _checksum(aside), aside.stat()
     aside.replace(path)
+    write_json(
+        path.with_suffix(".json"), {"sha256": checksum, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    )
+
+
+def _checksum(path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _whole(path) -> bool:
-    """Whether a shard is there and its file is as long as its header says."""
+    """Whether a shard is there, is this cache's, and has the bytes that were written.
+
+    The checksum is taken where size or time are not those noted at the writing; lookups take it in any case.
+    """
     try:
-        with safe_open(path, "pt"):
-            return True
-    except (OSError, SafetensorError):
+        note, stat = json.loads(path.with_suffix(".json").read_text()), path.stat()
+        untouched = (note["size"], note["mtime_ns"]) == (stat.st_size, stat.st_mtime_ns)
+        if not untouched and note["sha256"] != _checksum(path):
+            return False
+        with safe_open(path, "pt") as file:
+            return file.metadata()["cache"] == path.parent.name
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
         return False
+
+
+def _lock(folder):
+    """Hold a cache folder alone: a second process that builds the same cache waits for the first, even a killed one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / "lock", "w")  # noqa: SIM115
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"{folder}: another process builds this cache; waiting for it", flush=True)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    return lock
+
+
+def _manifest(folder) -> dict | None:
+    """A cache's manifest; None where it is missing, not JSON or not of this form."""
+    try:
+        manifest = json.loads((Path(folder) / "manifest.json").read_text())
+        return manifest if {"identity", "pairs", "shard"} <= set(manifest) else None
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def write_json(path, value):
@@ -557,7 +606,7 @@ class ReferenceCache:
 
     def __init__(self, folder, saes):
         self.folder = Path(folder)
-        manifest = json.loads((self.folder / "manifest.json").read_text())
+        manifest = _manifest(self.folder)
         stored = manifest["identity"]["saes"]
         self.pairs, self.shard = manifest["pairs"], manifest["shard"]
         self.places = [(stored.index(sae), sae[2]) for sae in saes]  # (number in the shards, m)
@@ -569,7 +618,14 @@ class ReferenceCache:
 
     def _shard(self, number):
         if number not in self._open:
-            file = safe_open(self.folder / f"shard_{number:05d}.safetensors", "pt")
+            path = self.folder / f"shard_{number:05d}.safetensors"
+            note = path.with_suffix(".json")
+            if not note.exists() or json.loads(note.read_text())["sha256"] != _checksum(path):
+                note.unlink(missing_ok=True)
+                raise ValueError(
+                    f"{path}: not the bytes that were written; start again, and it is made again"
+                )
+            file = safe_open(path, "pt")
             starts = {}
             for s, _ in self.places:
                 starts[s] = F.pad(file.get_tensor(f"counts.{s}").flatten().cumsum(0), (1, 0)).tolist()

@@ -110,13 +110,22 @@ def start_processes(device: str | None = None) -> torch.device:
 
 
 @contextlib.contextmanager
-def one_line_errors(rank: int):
-    """A wrong value ends the program with one line and status 2, not a traceback."""
+def one_line_errors(everyone: bool = False):
+    """A wrong value ends the program with one line and status 2, not a traceback.
+
+    Args:
+        everyone: every rank says its own error (a disk's, say), not rank 0 alone what all of them found.
+    """
+    rank = int(os.environ.get("RANK", 0))
     try:
         yield
     except (ValueError, OSError) as error:
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        if everyone or rank == 0:
+            print(
+                f"error: {error}" if not rank else f"error (rank {rank}): {error}",
+                file=sys.stderr,
+                flush=True,
+            )
         raise SystemExit(2) from None
 
 

@@ -362,14 +362,14 @@ def print_table(scores: dict):
 def main(argv=None):
     """Train: reads from top to bottom."""
     # ---- processes, data, model
-    with presets.one_line_errors(0):
+    with presets.one_line_errors():
         args = parse_args(argv)
     device = presets.start_processes()
     rank, world = fpo.ranks()
     main_rank = rank == 0
     args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     presets.make_toy_world(args)
-    with presets.one_line_errors(rank):
+    with presets.one_line_errors():
         tokenizer, pairs, held_out, saes, sites, rows = load_run(args, device, main_rank)
         feature_weights = presets.load_feature_weights(args.feature_weights, saes)
         policy, digest = load_policy(args.model, args, device, saes, sites)
@@ -380,9 +380,10 @@ def main(argv=None):
     # ---- Phase 1: the offline reference
     cache = held_out_cache = None
     if args.method in fpo.CACHED:
-        cache, held_out_cache, digest = offline_reference(
-            args, policy, digest, (pairs, held_out), device, saes, sites, rows, budget
-        )
+        with presets.one_line_errors(everyone=True):
+            cache, held_out_cache, digest = offline_reference(
+                args, policy, digest, (pairs, held_out), device, saes, sites, rows, budget
+            )
         if main_rank:
             print(f"reference: {cache.folder}, {cache.size() / len(pairs) / 1e3:.1f} kB a pair")
     elif args.method in fpo.NEEDED:
@@ -413,7 +414,7 @@ def main(argv=None):
     optimizer = precision.make_optimizer(args.optimizer, parameters, args.lr, shard=args.shard == "states")
     out, start = Path(args.out), 0
     if args.resume == "always" or (args.resume == "auto" and resume.saved_states(out)):
-        with presets.one_line_errors(rank):
+        with presets.one_line_errors():
             meta = resume.read_meta(out, args, digest)
             resume.load_state(out, policy, optimizer)
         start, before = meta["step"], meta["before"]
