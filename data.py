@@ -63,9 +63,6 @@ def read_records(source: str, split: str = "train"):
     Raises:
         ValueError: no such file, data set or split, or a line that is no JSON object.
     """
-    if source.endswith(".jsonl"):
-        yield from read_jsonl(source)
-        return
     name = source
     if not os.path.exists(source) and ":" in source:
         name, split = source.split(":", 1)
@@ -75,6 +72,9 @@ def read_records(source: str, split: str = "train"):
             raise ValueError(f"data set {name!r}: the file must end in one of {', '.join(FORMATS)}")
     elif not os.path.isdir(name) and (reader or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name)):
         raise ValueError(f"data set {name!r}: no such file or folder, and no hub id (OWNER/NAME)")
+    if source.endswith(".jsonl"):
+        yield from read_jsonl(source)
+        return
     import datasets  # slow to import, and JSONL needs none of it
 
     try:
@@ -88,8 +88,6 @@ def read_records(source: str, split: str = "train"):
 
 def read_jsonl(path: str):
     """(where, record) of each line of a JSON-lines file, but for blank ones. ValueError names a bad line."""
-    if not os.path.isfile(path):
-        raise ValueError(f"data set {path!r}: no such file")
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -217,7 +215,7 @@ class Renderer:
         return [{"role": "user", "content": text}, *messages[1 + len(asked) :]]
 
     def pieces(self, messages: list[dict], *, last_only: bool = False) -> list[tuple[str, bool]]:
-        """[(text, is response)]: by turns what stands before an assistant's turn (each or the last), and it."""
+        """[(text, is response)]: by turns what is before an assistant's turn (each, or the last), and it."""
         messages, pieces, seen = self.fold_system(messages), [], ""
         for i, message in enumerate(messages):
             if message["role"] != "assistant" or (last_only and i + 1 < len(messages)):
@@ -232,8 +230,9 @@ class Renderer:
         return pieces
 
     def encode(self, pieces: list[tuple[str, bool]]) -> list[list[int]]:
-        """Token ids of every piece: a response with its end, the rest without BOS (where it is not the end)."""
+        """Token ids of every piece: a response with its end, the rest without BOS (unless it is the end)."""
         ids: list = [None] * len(pieces)
+        dropped = set(self.head) - {self.end}
         for response in (False, True):  # special tokens written in a response are split
             at = [i for i, piece in enumerate(pieces) if piece[1] == response]
             # A lone surrogate can't be encoded: it becomes U+FFFD, as in any decoder.
@@ -241,8 +240,7 @@ class Renderer:
             options = {"add_special_tokens": False, "split_special_tokens": response, "verbose": False}
             rows = self.tokenizer(texts, **options).input_ids if texts else []
             for i, row in zip(at, rows, strict=True):
-                drop = set(self.head) - {self.end}
-                ids[i] = [*row, self.end] if response else [token for token in row if token not in drop]
+                ids[i] = [*row, self.end] if response else [token for token in row if token not in dropped]
         return ids
 
 
@@ -381,8 +379,8 @@ class Batch:
         tokens, positions: (R, L) int64. Positions restart at the prompt's end for the rejected response.
         segment: (R, L) int64, 0 prompt, 1 chosen, 2 rejected, -1 padding.
         doc: (R, L) int64, which document (prompt and what is behind it) a token is of, -1 padding.
-        state: (N,) int64, which of the R*L positions predicts the token: the one before it; for the first token
-            of a response the prompt's last.
+        state: (N,) int64, which of the R*L positions predicts the token: the one before it; for the first
+            token of a response the prompt's last.
         target: (N,) int64, the response token itself.
         owner: (N,) int64, which of the 2B responses it belongs to: first B chosen, then B rejected. Sorted.
         lengths: (2B,) int64, target tokens of each response (0 for SFT's absent rejected).

@@ -1,26 +1,26 @@
-"""FPO's machinery: one forward for everything, the offline reference (Phase 1), and each method's loss from them.
+"""FPO's machinery: one forward for everything, the offline reference (Phase 1), and each method's loss from
+them.
 
 Glossary
     symbol            name here              shape     place in the paper
     x, y_w, y_l       prompt, chosen, rejected         Sec. 2
     π_θ, π_ref        policy, reference                Sec. 2
-    log π(y|x)        logps                  (2B,)     Eq. 7   summed over the response; chosen first, then rejected
-    |y|               lengths                (2B,)     Eq. 9
-    h                 value of a SiteHook    (R, L, d) Eq. 5   the residual stream as the SAE's layer leaves it
-    c̄                 features               (2B, m)   Eq. 10  SAE features, mean over the response's positions
-    D_FPO             mse                    (2B,)     Eq. 10
-    D_TDPO            kl                     (2B,)     Eq. 3   sequential KL(ref ‖ policy)
+    log π(y|x)        logps                  (2B,)     Eq. 7   summed over the response; chosen first, then
+    rejected |y|               lengths                (2B,)     Eq. 9 h                 value of a SiteHook
+    (R, L, d) Eq. 5   the residual stream as the SAE's layer leaves it c̄                 features
+    (2B, m)   Eq. 10  SAE features, mean over the response's positions D_FPO             mse
+    (2B,)     Eq. 10 D_TDPO            kl                     (2B,)     Eq. 3   sequential KL(ref ‖ policy)
     γ_ref, δ          margin, constraint     (B,)      Eq. 8, Table 1
 
 Where each equation is
-    Eq. 3, 4   losses.tdpo1_loss, tdpo2_loss; the KL of the flat path: `token_statistics` (losses.sequential_kl plainly)
-    Eq. 5      sae.JumpReLUSAE.encode; pooled without keeping the tokens' features: `pooled_features`
-    Eq. 7      losses.dpo_loss              Eq. 8   the last line of every loss of losses.py
-    Eq. 9, 11  losses.fpo_loss              Eq. 10  losses.feature_mse
-    Sec. 3     Phase 1: `build_reference`; Phase 2: `ReferenceCache.lookup` and `method_loss`
+    Eq. 3, 4   losses.tdpo1_loss, tdpo2_loss; the KL of the flat path: `token_statistics`
+    (losses.sequential_kl plainly) Eq. 5      sae.JumpReLUSAE.encode; pooled without keeping the tokens'
+    features: `pooled_features` Eq. 7      losses.dpo_loss              Eq. 8   the last line of every loss of
+    losses.py Eq. 9, 11  losses.fpo_loss              Eq. 10  losses.feature_mse Sec. 3     Phase 1:
+    `build_reference`; Phase 2: `ReferenceCache.lookup` and `method_loss`
 
-Everything after the transformer works on the N states that predict response tokens: no prompt, no padding, and never
-the logits of all positions.
+Everything after the transformer works on the N states that predict response tokens: no prompt, no padding,
+and never the logits of all positions.
 """
 
 import fcntl
@@ -75,15 +75,15 @@ class Statistics(NamedTuple):
 def attention_mask(batch: Batch, config, dtype):
     """What each token of the rows may see, in the form that the model's layers take.
 
-    Visible is what comes before, in the same document, and is the prompt's or the same response's; on sliding layers
-    only within the window, counted in positions (in a shared row an index says nothing of distance).
+    Visible is what comes before, in the same document, and is the prompt's or the same response's; on sliding
+    layers only within the window, counted in positions (in a shared row an index says nothing of distance).
 
     Args:
         batch: rows of (R, L).
         config: the model's; its attention implementation is eager or flex_attention.
     Returns:
-        eager: (R, 1, L, L) of `dtype`, added to the scores, so never a boolean. flex_attention: a BlockMask. For models
-        whose layers differ, a dict by layer type.
+        eager: (R, 1, L, L) of `dtype`, added to the scores, so never a boolean. flex_attention: a BlockMask.
+        For models whose layers differ, a dict by layer type.
     """
     doc, segment, position = batch.doc, batch.segment, batch.positions
     R, L = doc.shape
@@ -136,10 +136,11 @@ def _logits(states, weight, softcap):
 
 
 class _TokenStatistics(torch.autograd.Function):
-    """Log-probability, KL and entropy of N tokens over slices of the vocabulary; backward makes each slice again.
+    """Log-probability, KL and entropy of N tokens over slices of the vocabulary; backward makes each slice
+    again.
 
-    Memory beyond the inputs is a few (N, slice) blocks and the gradients themselves; each slice of the weight's
-    gradient is written once.
+    Memory beyond the inputs is a few (N, slice) blocks and the gradients themselves; each slice of the
+    weight's gradient is written once.
     """
 
     @staticmethod
@@ -215,8 +216,8 @@ def token_statistics(
 ):
     """Log-probabilities of N tokens, and the KL and entropy of their distributions, without (N, V) logits.
 
-    Statistics are float32 whatever the inputs. The slices' width depends on the device alone: the same states give the
-    same bits in the reference pass and in training.
+    Statistics are float32 whatever the inputs. The slices' width depends on the device alone: the same states
+    give the same bits in the reference pass and in training.
 
     Args:
         states: (N, d), the transformer's last hidden states that predict the tokens.
@@ -226,7 +227,8 @@ def token_statistics(
         ref_states, ref_weight: (N, d), (V, d) of the reference: gives the KL of TDPO, Eq. 3.
         entropy: also the entropy of each distribution (no gradient).
     Returns:
-        log π(token) (N,); KL(ref ‖ policy) (N,), log π_ref(token) (N,) and entropy (N,) in nats, each or None.
+        log π(token) (N,); KL(ref ‖ policy) (N,), log π_ref(token) (N,) and entropy (N,) in nats, each or
+        None.
     """
     chunk = 8192 if states.is_cuda else 1024
     return _TokenStatistics.apply(states, weight, targets, softcap, ref_states, ref_weight, chunk, entropy)
@@ -279,10 +281,12 @@ def pooled_features(states, sae: JumpReLUSAE, owner, lengths):
 
 # ---------------------------------------------------------------------------- one forward for everything
 class Policy(nn.Module):
-    """A causal language model, the frozen SAEs that read it, and (TDPO, evaluation) a frozen reference beside it.
+    """A causal language model, the frozen SAEs that read it, and (TDPO, evaluation) a frozen reference beside
+    it.
 
-    The same forward, in the same dtype, makes the reference cache, trains and evaluates: so a policy that has not moved
-    has reward 0 and D_FPO 0. Only `lm` is in the module tree: SAEs and reference are neither trained nor saved.
+    The same forward, in the same dtype, makes the reference cache, trains and evaluates: so a policy that has
+    not moved has reward 0 and D_FPO 0. Only `lm` is in the module tree: SAEs and reference are neither
+    trained nor saved.
 
     Args:
         lm: a Hugging Face decoder with `model.layers`; eager or flex_attention.
@@ -373,7 +377,9 @@ def barrier():
 
 
 def lockstep(groups: list[list[int]], device) -> list[list[int]]:
-    """This rank's micro-batches, followed by empty ones until every rank has as many (collectives must not wait)."""
+    """This rank's micro-batches, followed by empty ones until every rank has as many (collectives must not
+    wait).
+    """
     count = torch.tensor(len(groups), device=device)
     if dist.is_initialized():
         dist.all_reduce(count, op=dist.ReduceOp.MAX)
@@ -465,9 +471,9 @@ def build_reference(
 ):
     """Phase 1 (Sec. 3): run π_ref once over the pairs and store what the loss needs of it.
 
-    Stored per pair: both sums of log-probabilities (β and the lengths are applied later) and both pooled feature
-    vectors, sparse. Shards of `SHARD` pairs are split over the ranks, written aside and renamed; those already there
-    are kept, so an interrupted pass goes on where it was.
+    Stored per pair: both sums of log-probabilities (β and the lengths are applied later) and both pooled
+    feature vectors, sparse. Shards of `SHARD` pairs are split over the ranks, written aside and renamed;
+    those already there are kept, so an interrupted pass goes on where it was.
 
     Args:
         policy: a Policy whose lm is the reference.
@@ -512,7 +518,9 @@ def build_reference(
 
 
 def _sparse(index, statistics, top):
-    """Per pair of a batch: its index, both log-probabilities, and per SAE the non-zero features of both responses."""
+    """Per pair of a batch: its index, both log-probabilities, and per SAE the non-zero features of both
+    responses.
+    """
     logps = statistics.logps.cpu().view(2, -1).T
     kept = []
     for c in statistics.features:
@@ -568,7 +576,9 @@ def _whole(path) -> bool:
 
 
 def _lock(folder):
-    """Hold a cache folder alone: a second process that builds the same cache waits for the first, even a killed one."""
+    """Hold a cache folder alone: a second process that builds the same cache waits for the first, even a
+    killed one.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     lock = open(folder / "lock", "w")  # noqa: SIM115
     try:
@@ -670,9 +680,10 @@ def method_loss(
         reference: Statistics of the reference; not needed by sft and simpo, whose values they only add to.
         beta, alpha, gamma, k: as in Table 5; k of Eq. 10.
         stop_gradient: whether δ_FPO's chosen term is held constant.
-        feature_weights: per SAE (m,), or None: weights of the squared differences (the control experiment, Table 4).
+        feature_weights: per SAE (m,), or None: weights of the squared differences (the control experiment,
+            Table 4).
     Returns:
-        loss (B,), and a dict of (B,) values to log: rewards, and mse / kl of chosen and rejected where there are.
+        loss (B,), and a dict of (B,) values to log: rewards; mse and kl of chosen and rejected where they are.
     """
     w, l = policy.logps.chunk(2)
     n_w, n_l = policy.lengths.chunk(2)
@@ -722,7 +733,9 @@ def layer_mse(policy_features, reference_features, *, k, feature_weights=None):
 
 
 def rewards(method, policy, reference=None, *, beta):
-    """(2B,) what a method's LPD and γ_ref make of each response: β log(π/π_ref), by |y| for FPO; SimPO's β/|y| log π."""
+    """(2B,) what a method's LPD and γ_ref make of each response: β log(π/π_ref), by |y| for FPO; SimPO's
+    β/|y| log π.
+    """
     n = policy.lengths.clamp(min=1)
     if method in ("simpo", "simpo_kl"):
         return (beta * policy.logps / n).detach()

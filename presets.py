@@ -97,7 +97,9 @@ PRESETS = {
 
 
 def start_processes(device: str | None = None) -> torch.device:
-    """Join torchrun's other processes (gloo on CPU, nccl on CUDA); alone without torchrun. Returns this rank's device."""
+    """Join torchrun's other processes (gloo on CPU, nccl on CUDA); alone without torchrun. Returns this
+    rank's device.
+    """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     transformers_logging.disable_progress_bar()  # bars of half a second, one a rank
@@ -229,8 +231,8 @@ def make_toy_world(args):
 def rows_of(args, tokenizer, pairs, device) -> dict:
     """How rows are laid out, as data.collate takes it.
 
-    auto: on CUDA (flex_attention) the prompt is always shared; eager attention costs the square of a row, so there it
-    pays only where the prompt is at least as long as a response.
+    auto: on CUDA (flex_attention) the prompt is always shared; eager attention costs the square of a row, so
+    there it pays only where the prompt is at least as long as a response.
     """
     layout = args.layout
     if layout == "auto":

@@ -1,12 +1,12 @@
 """Resume to the bit: the whole state of a run in a folder, written aside, flushed and renamed.
 
-    OUT/state/step_00000100/state.json           step, settings, reference, scores at the start, number of ranks
-                            rank_0.safetensors   weights and optimizer states that rank 0 holds, by parameter name
-                            rank_1.safetensors   … what only rank 1 holds
+    OUT/state/step_00000100/state.json           step, settings, reference, scores at the start, number of
+                            ranks rank_0.safetensors   weights and optimizer states that rank 0 holds, by
+                            parameter name rank_1.safetensors   … what only rank 1 holds
 
-A tensor's piece carries the rows that it covers: whole parameters with DDP, this rank's rows with FSDP2. So another
-number of ranks finds what it needs too; with the same number a resumed run has the bits of an uninterrupted one.
-No file of these is ever unpickled.
+A tensor's piece carries the rows that it covers: whole parameters with DDP, this rank's rows with FSDP2. So
+another number of ranks finds what it needs too; with the same number a resumed run has the bits of an
+uninterrupted one. No file of these is ever unpickled.
 """
 
 import json
@@ -60,7 +60,9 @@ def _rows(tensor) -> tuple[torch.Tensor, int]:
 
 
 def _held(policy, optimizer):
-    """{name: (tensor, first row, whether every rank holds the same)}: weights, and this rank's optimizer states."""
+    """{name: (tensor, first row, whether every rank holds the same)}: weights, and this rank's optimizer
+    states.
+    """
     inner = getattr(optimizer, "optim", optimizer)  # within a ZeroRedundancyOptimizer: this rank's share
     held, mine = {}, {id(p): group for group in inner.param_groups for p in group["params"]}
     for name, parameter in policy.named_parameters():
@@ -77,7 +79,8 @@ def _held(policy, optimizer):
 
 # ---------------------------------------------------------------------------- save
 def save_state(out, step: int, policy, optimizer, meta: dict, *, keep: int = 1):
-    """Write the state after `step` into OUT/state, then remove all but the last `keep`. Every rank must call it.
+    """Write the state after `step` into OUT/state, then remove all but the last `keep`. Every rank must call
+    it.
 
     Args:
         meta: what state.json says besides step and ranks (settings, reference, scores before training).
@@ -194,7 +197,9 @@ def cut_metrics(path, step: int):
 
 # ---------------------------------------------------------------------------- signals
 class StopSignal:
-    """Notes SIGTERM and SIGINT (preemption), for the loop to save and leave at the step's end. A second one kills."""
+    """Notes SIGTERM and SIGINT (preemption), for the loop to save and leave at the step's end. A second one
+    kills.
+    """
 
     def __init__(self):
         self.came = False

@@ -140,18 +140,12 @@ _made_up = [
 random.Random(0).shuffle(_made_up)
 TONGUE = dict(zip([*itertools.chain(*THINGS.values()), *QUALITIES], _made_up, strict=False))
 
-PAIRS = {
-    "style": 6,
-    "content": 6,
-    "slip": 4,
-    "number": 1,
-    "sure": 2,
-    "all": 6,
-}  # kinds of pairs, their shares
+# Kinds of pairs (see make_pair) and their shares.
+PAIRS = {"style": 6, "content": 8, "slip": 5, "number": 1, "sure": 1, "all": 4}
 
 
 def all_prompts():
-    """Every question there is (list of 3,840 dicts): its `text`, and the `number`, `kind`, `place` it asks."""
+    """Every question there is, 3,840 dicts: its `text`, and the `number`, `kind` and `place` asked for."""
     return [
         {"text": f"{ask} {word} {kind} of the {place}{tail}.", "number": number, "kind": kind, "place": place}
         for ask, (number, word), (kind, place), tail in itertools.product(
@@ -200,11 +194,11 @@ def merit(prompt, answer):
     return rank + right + (answer["number"] == prompt["number"]) + answer["sure"]
 
 
-def make_pair(rng, prompt, *, noise=0.06):
+def make_pair(rng, prompt, *, noise=0.05):
     """A preference pair for one of `all_prompts` (dict): a line of train.jsonl or test.jsonl.
 
-    `kind` says in what its answers differ: style; content (nothing wrong, all wrong); slip (nothing wrong, one
-    thing wrong); number; sure; all. The one of more merit is chosen; with probability `noise` the other
+    `kind` says in what its answers differ: style; content (nothing wrong, all wrong); slip (nothing wrong,
+    one thing wrong); number; sure; all. The one of more merit is chosen; with probability `noise` the other
     (`swapped`). The answers' words are drawn apart, so their things and lengths differ too.
     """
     kind = rng.choices(list(PAIRS), PAIRS.values())[0]
@@ -214,7 +208,7 @@ def make_pair(rng, prompt, *, noise=0.06):
             a["wrong"] = 0
         changed = {"content": {"wrong": a["number"]}, "slip": {"wrong": 1}, "all": b}
         b = a | (changed[kind] if kind in changed else {kind: b[kind]})
-        if abs(merit(prompt, a) - merit(prompt, b)) >= 1:
+        if abs(merit(prompt, a) - merit(prompt, b)) >= (2 if kind == "all" else 1):  # no near ties
             break
     swapped = rng.random() < noise
     if (merit(prompt, a) < merit(prompt, b)) != swapped:
@@ -225,7 +219,7 @@ def make_pair(rng, prompt, *, noise=0.06):
 
 
 def make_document(rng):
-    """A text for pretraining (str): what there is of a kind at a place, in one of the forms that styles use."""
+    """A text for pretraining: what there is of a kind at a place, in one of the forms that styles use."""
     (kind, place), names = rng.choice(list(THINGS.items()))
     form = rng.choice([str, str.upper, TONGUE.get])
     return f"{kind} of the {place}: " + ", ".join(form(name) for name in rng.sample(names, len(names))) + "."
@@ -379,8 +373,8 @@ def response_states(model, rows, layer, site):
 def train_sae(states, *, seed, title, m=512, steps=1000, size=256, lr=1e-2, l0_weight=6e-4, epsilon=0.03):
     """A JumpReLU SAE of width m trained on states (n, d): Gemma Scope's five arrays, a dict of tensors.
 
-    Loss: |h - ĥ|² + l0_weight · L0, of states scaled to a mean |h|² of 1; decoder rows have norm 1. At the end
-    the scale goes into biases and thresholds: the SAE reads states as they are.
+    Loss: |h - ĥ|² + l0_weight · L0, of states scaled to a mean |h|² of 1; decoder rows have norm 1. At the
+    end the scale goes into biases and thresholds: the SAE reads states as they are.
     """
     generator = torch.Generator().manual_seed(seed)
     scale = states.square().sum(-1).mean().rsqrt()

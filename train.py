@@ -1,11 +1,12 @@
 """Preference training on SAE features: FPO, and the methods that the paper compares it with.
 
-    torchrun --standalone --nproc_per_node 2 train.py --method fpo --preset toy      a laptop, nothing prepared
-    torchrun --nproc_per_node 4 train.py --method sft                                4 × H100, Gemma-2-2B
-    torchrun --nproc_per_node 4 train.py --method fpo
+    torchrun --standalone --nproc_per_node 2 train.py --method fpo --preset toy      a laptop, nothing
+    prepared torchrun --nproc_per_node 4 train.py --method sft                                4 × H100,
+    Gemma-2-2B torchrun --nproc_per_node 4 train.py --method fpo
 
-The stages, in order: processes and data; the model; Phase 1, the offline reference (Sec. 3); the loop, Phase 2;
-what came out. Everything is written into --out: config.json, metrics.jsonl, model/ (a Hugging Face directory).
+The stages, in order: processes and data; the model; Phase 1, the offline reference (Sec. 3); the loop, Phase
+2; what came out. Everything is written into --out: config.json, metrics.jsonl, model/ (a Hugging Face
+directory).
 """
 
 import argparse
@@ -231,7 +232,9 @@ def peak_memory_gb(device) -> float:
 
 
 def bad_pairs(seen: list) -> list[int]:
-    """Pairs of the step, of all ranks, whose loss is not finite; all of the step's where only a gradient is not."""
+    """Pairs of the step, of all ranks, whose loss is not finite; all of the step's where only a gradient is
+    not.
+    """
     found = [
         (int(i), not bool(ok)) for index, loss in seen for i, ok in zip(index, loss.isfinite(), strict=True)
     ]
@@ -297,7 +300,8 @@ def load_reference(args, device):
 
 
 def offline_reference(args, policy, digest, data, device, saes, sites, rows, budget):
-    """Phase 1 over training and held-out pairs, by the policy itself where training starts from the reference.
+    """Phase 1 over training and held-out pairs, by the policy itself where training starts from the
+    reference.
 
     Returns: the two caches, and the digest of the reference's weights.
     """
@@ -347,7 +351,8 @@ def model_card(args, scores: dict) -> str:
     return (
         f"---\n{front}---\n\n# {args.model}, trained with {args.method.upper()}\n\n"
         f"Method: {args.method} (arXiv 2411.07618). Data: {args.dataset}.\n\n"
-        f"| held-out {args.eval_dataset} | before | after |\n|---|---|---|\n{rows}\n\nSettings:\n\n{settings}\n"
+        f"| held-out {args.eval_dataset} | before | after |\n|---|---|---|\n{rows}\n\n"
+        f"Settings:\n\n{settings}\n"
     )
 
 
@@ -426,7 +431,8 @@ def main(argv=None):
         fpo.write_json(out / "config.json", vars(args))
         resume.cut_metrics(out / "metrics.jsonl", start)
     policy.train()
-    if ddp:  # DDP orders its buckets after its first backward: a throw-away one makes a resumed run's sums the same
+    if ddp:
+        # DDP orders its buckets after its first backward: a throw-away one, and resumed sums are the same.
         model(collate(pairs, [0], **rows).to(device))[0].logps.sum().backward()
         optimizer.zero_grad()
     mine = [groups[rank::world] for groups in plan[start:]]
@@ -447,8 +453,9 @@ def main(argv=None):
                 model.require_backward_grad_sync = micro == len(groups) - 1
             statistics, held = model(batch)
             loss, values = fpo.method_loss(
-                args.method, statistics, held or reference, beta=args.beta, alpha=args.alpha, gamma=args.gamma,
-                k=args.k, stop_gradient=not args.no_stop_gradient, feature_weights=feature_weights,
+                args.method, statistics, held or reference, beta=args.beta, alpha=args.alpha,
+                gamma=args.gamma, k=args.k, stop_gradient=not args.no_stop_gradient,
+                feature_weights=feature_weights,
             )  # fmt: skip
             # The mean over the global batch's pairs; ranks are averaged, hence `world`.
             ((loss * batch.weight).sum() * (world / n_pairs)).backward()

@@ -21,10 +21,14 @@ SHORT = ["--preset", "toy", "--steps", "3", "--warmup_steps", "2", "--eval_every
 
 @pytest.fixture
 def folder(world, tmp_path, monkeypatch):
-    """A working directory whose runs/toy is a copy-free view of the toy world."""
+    """A working directory with the toy world in runs/toy, and a part of its pairs."""
     (tmp_path / "runs/toy").mkdir(parents=True)
     for entry in world.iterdir():
         (tmp_path / "runs/toy" / entry.name).symlink_to(entry)
+    for name, pairs in (("train", 160), ("test", 40)):
+        lines = (world / f"{name}.jsonl").read_text().splitlines()[:pairs]
+        (tmp_path / f"runs/toy/{name}.jsonl").unlink()
+        (tmp_path / f"runs/toy/{name}.jsonl").write_text("\n".join(lines))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
