@@ -1,25 +1,27 @@
-"""FPO's machinery: one forward for everything, the offline reference (Phase 1), and each method's loss from
-them.
+"""FPO's machinery: one forward for everything, the offline reference, and each method's loss from them.
 
-Glossary
-    symbol            name here              shape     place in the paper
-    x, y_w, y_l       prompt, chosen, rejected         Sec. 2
-    π_θ, π_ref        policy, reference                Sec. 2
-    log π(y|x)        logps                  (2B,)     Eq. 7   summed over the response; chosen first, then
-    rejected |y|               lengths                (2B,)     Eq. 9 h                 value of a SiteHook
-    (R, L, d) Eq. 5   the residual stream as the SAE's layer leaves it c̄                 features
-    (2B, m)   Eq. 10  SAE features, mean over the response's positions D_FPO             mse
-    (2B,)     Eq. 10 D_TDPO            kl                     (2B,)     Eq. 3   sequential KL(ref ‖ policy)
-    γ_ref, δ          margin, constraint     (B,)      Eq. 8, Table 1
+Glossary, of B pairs
+    symbol        name here                shape      place in the paper
+    x, y_w, y_l   prompt, chosen, rejected            Sec. 2
+    π_θ, π_ref    policy, reference                   Sec. 2
+    log π(y|x)    logps                    (2B,)      Eq. 7: sum over the response; B chosen, B rejected
+    |y|           lengths                  (2B,)      Eq. 9: response tokens
+    h             what a SiteHook captures (R, L, d)  Eq. 5: the residual stream as the SAE's layer leaves it
+    c̄             features                 (2B, m)    Eq. 10: SAE features, mean over the response's positions
+    D_FPO         mse                      (2B,)      Eq. 10
+    D_TDPO        kl                       (2B,)      Eq. 3: sequential KL(ref ‖ policy)
+    γ_ref, δ      margin, constraint       (B,)       Eq. 8, Table 1
 
 Where each equation is
-    Eq. 3, 4   losses.tdpo1_loss, tdpo2_loss; the KL of the flat path: `token_statistics`
-    (losses.sequential_kl plainly) Eq. 5      sae.JumpReLUSAE.encode; pooled without keeping the tokens'
-    features: `pooled_features` Eq. 7      losses.dpo_loss              Eq. 8   the last line of every loss of
-    losses.py Eq. 9, 11  losses.fpo_loss              Eq. 10  losses.feature_mse Sec. 3     Phase 1:
-    `build_reference`; Phase 2: `ReferenceCache.lookup` and `method_loss`
+    Eq. 3, 4    losses.tdpo1_loss, tdpo2_loss; their KL: losses.sequential_kl, on flat states token_statistics
+    Eq. 5       sae.JumpReLUSAE.encode; pooled without keeping each token's features: pooled_features
+    Eq. 7       losses.dpo_loss
+    Eq. 8       the last line of every loss in losses.py
+    Eq. 9, 11   losses.fpo_loss
+    Eq. 10      losses.feature_mse; over several SAEs layer_mse
+    Sec. 3      Phase 1: build_reference; Phase 2: ReferenceCache.lookup, then method_loss
 
-Everything after the transformer works on the N states that predict response tokens: no prompt, no padding,
+After the transformer everything works on the N states that predict response tokens: no prompt, no padding,
 and never the logits of all positions.
 """
 
@@ -261,7 +263,7 @@ class _PooledFeatures(torch.autograd.Function):
 
 
 def _mean_matrix(owner, lengths, dtype):
-    """(responses, n): 1 / |y| where a token belongs to the response. A product with it sums in a fixed order."""
+    """(responses, n): 1 / |y| where a token belongs to the response. Its product sums in a fixed order."""
     mine = owner == torch.arange(len(lengths), device=owner.device)[:, None]
     return mine.to(dtype) / lengths.clamp(min=1)[:, None]
 
@@ -317,14 +319,14 @@ class Policy(nn.Module):
         return hooks
 
     def hold_reference(self, lm):
-        """Keep a frozen reference model: forward then gives its statistics too, and the KL. None lets it go."""
+        """Keep a frozen reference: forward then gives its statistics too, and the KL. None lets it go."""
         for hook in self._reference_hooks:
             hook.remove()
         self._reference = () if lm is None else (lm.eval().requires_grad_(False),)
         self._reference_hooks = () if lm is None else self._hook(lm)
 
     def _read(self, lm, hooks, batch):
-        """(N, d) final states and, per SAE, (N, d') sites, at the positions that predict the response tokens."""
+        """(N, d) final states and, per SAE, (N, d') sites, where response tokens are predicted."""
         mask = attention_mask(batch, lm.config, lm.dtype)
         for hook in hooks:
             hook.enabled = True
@@ -450,7 +452,7 @@ def reference_identity(
 
 
 def find_reference(cache_dir, identity: dict) -> Path:
-    """The folder of a cache with this identity: one that has all its SAEs (and perhaps more), else a new one."""
+    """The folder of a cache with this identity: one that has all its SAEs, perhaps more; else a new one."""
     for folder in sorted(Path(cache_dir).glob("*/")):
         manifest = _manifest(folder)
         if manifest is None or manifest["shard"] != SHARD:
@@ -683,7 +685,7 @@ def method_loss(
         feature_weights: per SAE (m,), or None: weights of the squared differences (the control experiment,
             Table 4).
     Returns:
-        loss (B,), and a dict of (B,) values to log: rewards; mse and kl of chosen and rejected where they are.
+        loss (B,), and a dict of (B,) values to log: rewards; mse, kl of chosen and rejected if there.
     """
     w, l = policy.logps.chunk(2)
     n_w, n_l = policy.lengths.chunk(2)

@@ -1,12 +1,12 @@
 """Resume to the bit: the whole state of a run in a folder, written aside, flushed and renamed.
 
-    OUT/state/step_00000100/state.json           step, settings, reference, scores at the start, number of
-                            ranks rank_0.safetensors   weights and optimizer states that rank 0 holds, by
-                            parameter name rank_1.safetensors   … what only rank 1 holds
+    OUT/state/step_00000100/state.json           step, settings, the reference's digest, scores at the start
+                            rank_0.safetensors   weights, and the optimizer states that rank 0 holds
+                            rank_1.safetensors   what only rank 1 holds; and so on
 
-A tensor's piece carries the rows that it covers: whole parameters with DDP, this rank's rows with FSDP2. So
-another number of ranks finds what it needs too; with the same number a resumed run has the bits of an
-uninterrupted one. No file of these is ever unpickled.
+A tensor stands by its parameter's name, with the rows that it covers: whole with DDP, this rank's with FSDP2.
+So another number of ranks finds what it needs, and with the same number a resumed run has the bits of one that
+was never interrupted. Nothing is unpickled.
 """
 
 import json

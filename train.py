@@ -1,12 +1,11 @@
 """Preference training on SAE features: FPO, and the methods that the paper compares it with.
 
-    torchrun --standalone --nproc_per_node 2 train.py --method fpo --preset toy      a laptop, nothing
-    prepared torchrun --nproc_per_node 4 train.py --method sft                                4 × H100,
-    Gemma-2-2B torchrun --nproc_per_node 4 train.py --method fpo
+    torchrun --standalone --nproc_per_node 2 train.py --method fpo --preset toy    a laptop, nothing prepared
+    torchrun --nproc_per_node 4 train.py --method sft                              Gemma-2-2B, 4 × H100
+    torchrun --nproc_per_node 4 train.py --method fpo
 
-The stages, in order: processes and data; the model; Phase 1, the offline reference (Sec. 3); the loop, Phase
-2; what came out. Everything is written into --out: config.json, metrics.jsonl, model/ (a Hugging Face
-directory).
+The stages, in order: processes, data, model; Phase 1, the offline reference (Sec. 3); Phase 2, the loop; what
+came out. All goes into --out: config.json, metrics.jsonl, scores.json, model/ (a Hugging Face directory).
 """
 
 import argparse
