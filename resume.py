@@ -4,9 +4,9 @@
                             rank_0.safetensors   weights, and the optimizer states that rank 0 holds
                             rank_1.safetensors   what only rank 1 holds; and so on
 
-A tensor stands by its parameter's name, with the rows that it covers: whole with DDP, this rank's with FSDP2.
-So another number of ranks finds what it needs, and with the same number a resumed run has the bits of one that
-was never interrupted. Nothing is unpickled.
+A tensor stands by its parameter's name, with the rows it covers: whole with DDP, this rank's with FSDP2.
+So another number of ranks finds what it needs, and with the same number a resumed run has the bits of one
+that was never interrupted. Nothing is unpickled.
 """
 
 import json
