@@ -1,15 +1,39 @@
-"""Accuracy, diversity and distance from the reference of a trained model.
+"""Accuracy, diversity, distance from the reference; features that tell responses apart; benchmark answers.
 
-    python eval_diversity.py --preset toy --model runs/toy/fpo/model --reference runs/toy/model --json scores.json
+    python eval_diversity.py --preset toy --model runs/toy/fpo/model --reference runs/toy/model --json a.json
+    python eval_diversity.py --preset toy --find_features a.jsonl b.jsonl --weights weights.json
+    python eval_diversity.py --model MODEL --export mt_bench --questions question.jsonl --out answers/a.jsonl
 
-Pairs:    `evaluate_pairs`, each value per pair; a reference gives rewards, sequential KL and D_FPO as well.
-Samples:  `sample_responses`, then `response_entropy`: the entropy of the distribution the model itself gives
-          (temperature 1, before any nucleus cut) at each token of responses sampled with nucleus p.
-Both give the same values for any number of ranks and any batch size.
+Scores, by their keys in --json. Of pairs:
+    accuracy, accuracy_sum         chosen above rejected in log π(y|x) / |y|, in log π(y|x): share (Table 2)
+    reward_accuracy, .._mean       the same of log π/π_ref: by sum (DPO's reward), per token (FPO's)
+    nll_chosen                     -log π(y_w|x) / |y_w|, nats, mean over pairs
+    teacher_forced_entropy         H of the next token at the responses' positions, nats, mean over tokens
+    kl_chosen, kl_rejected         sequential KL(ref ‖ π), nats, mean over pairs (Fig. 3)
+    mse_chosen, mse_rejected       D_FPO (Eq. 10), mean over pairs (Fig. 4)
+    kl_margin, mse_margin          |β D(y_l) - β D(y_w)|, mean over pairs (Figs. 3, 4)
+    activations_policy, .._reference   a response's largest pooled features, mean by rank (Fig. 2 left)
+    train                          all this again of training pairs (--train_pairs; Table 2's protocol)
+Of sampled responses:
+    entropy                        H of the next token at their positions, nats, mean over tokens (Table 2)
+    predictive_entropy, .._per_token   -log π(y|x); that over |y|; nats, mean over responses
+    response_tokens                |y|, the turn's end counted
+    distinct_1, distinct_2         different words, pairs of words over all, of a prompt's responses
+    self_bleu                      0 to 100, of a response against the others to its prompt
+Of each mean: intervals {key: [low, high]}, 95 %, by bootstrap over pairs or prompts.
+
+Responses are sampled at temperature 1 from the nucleus (p = 0.95). Every entropy and log π is of the model's
+whole distribution at temperature 1, before the cut. Ranks and batch sizes change nothing beyond rounding.
 """
 
 import argparse
+import importlib.util
+import json
+import os
 import sys
+import time
+import uuid
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -18,12 +42,24 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 import fpo
 import presets
-from data import Pairs, load_pairs, micro_batches
+from data import Pairs, Renderer, load_pairs, micro_batches, read_jsonl
 
 
 # ---------------------------------------------------------------------------- preference pairs
+def _batches(policy, pairs, *, cache=None, max_tokens=0, max_pairs=0, progress=False, **rows):
+    """This rank's (batch, cached reference), with the policy in evaluation mode; every rank gets as many."""
+    rank, world = fpo.ranks()
+    limits = {"max_pairs": max_pairs or 16, "max_tokens": max_tokens}
+    groups = micro_batches(range(len(pairs)), pairs.row_lengths(rows["layout"]), world, **limits)[rank::world]
+    was_training = policy.training
+    policy.eval()
+    batches = fpo.stream(pairs, groups, device=policy.lm.device, cache=cache, **rows)
+    yield from tqdm(batches, "evaluating", len(groups), disable=not progress or rank > 0, leave=False)
+    policy.train(was_training)
+
+
 @torch.no_grad()
-def evaluate_pairs(policy, pairs, *, cache=None, k=50, max_tokens=0, max_pairs=0, progress=False, **rows):
+def evaluate_pairs(policy, pairs, *, cache=None, k=50, top=0, **budget_and_rows):
     """What a policy makes of every pair, in the data set's order, the same on every rank.
 
     The reference is the one that the policy holds, else the cache's, else there is none.
@@ -32,177 +68,242 @@ def evaluate_pairs(policy, pairs, *, cache=None, k=50, max_tokens=0, max_pairs=0
         policy: fpo.Policy.
         cache: fpo.ReferenceCache of these pairs.
         k: of D_FPO, Eq. 10.
-        max_tokens, max_pairs, rows: micro-batches, as data.micro_batches and data.collate take them.
+        top: also each response's so many largest pooled features (of the first SAE), in order.
+        budget_and_rows: micro-batches, as data.micro_batches and data.collate take them; progress.
     Returns:
-        {name: (n,) float64}. Always: logps and lengths of chosen and rejected. With a reference: ratio_chosen,
-        ratio_rejected = log π/π_ref, and mse_chosen, mse_rejected where there are SAEs. With a held one also
-        kl_chosen, kl_rejected.
+        {name: (n,) float64}, for _chosen and _rejected. Always: logps, lengths, entropy (summed, nats).
+        With a reference: ratio = log π/π_ref, and mse where there are SAEs. With a held one also kl. With
+        `top`: activations_policy, activations_reference (n, top).
     """
-    rank, world = fpo.ranks()
-    device = policy.lm.device
-    groups = micro_batches(range(len(pairs)), pairs.row_lengths(rows["layout"]), world, max_pairs=max_pairs or 16,
-                           max_tokens=max_tokens)[rank::world]  # fmt: skip
-    was_training, table = policy.training, {}
-    policy.eval()
-    batches = fpo.stream(pairs, groups, device=device, cache=cache, **rows)
-    for batch, cached in tqdm(
-        batches, "evaluating", len(groups), disable=not progress or rank > 0, leave=False
-    ):
-        policy_says, reference = policy(batch)
+    table = {}
+    for batch, cached in _batches(policy, pairs, cache=cache, **budget_and_rows):
+        says, reference = policy(batch, entropy=True)
         reference = reference or cached
-        values = {"logps": policy_says.logps, "lengths": policy_says.lengths}
+        values = {"logps": says.logps, "lengths": says.lengths, "entropy": says.entropy}
+        if says.kl is not None:
+            values["kl"] = says.kl
         if reference is not None:
-            values["ratio"] = policy_says.logps - reference.logps
-            if policy_says.features and reference.features:
-                values["mse"] = fpo.layer_mse(policy_says.features, reference.features, k=k)
-        if policy_says.kl is not None:
-            values["kl"] = policy_says.kl
+            values["ratio"] = says.logps - reference.logps
+            if says.features and reference.features:
+                values["mse"] = fpo.layer_mse(says.features, reference.features, k=k)
+        for name, whose in (("policy", says), ("reference", reference)):
+            if top and whose is not None and whose.features:
+                c = whose.features[0]
+                values[f"activations_{name}"] = c.topk(min(top, c.shape[1])).values
         for name, value in values.items():
+            weight = batch.weight.view(-1, *[1] * (value.ndim - 1))  # 0: a padding pair
             for side, half in zip(("chosen", "rejected"), value.chunk(2), strict=True):
-                column = table.setdefault(
-                    f"{name}_{side}", torch.zeros(len(pairs), dtype=torch.float64, device=device)
-                )
-                # A pair is counted by one rank; padding pairs add nothing.
-                column[batch.index] += half * batch.weight
-    policy.train(was_training)
+                zeros = half.new_zeros(len(pairs), *half.shape[1:], dtype=torch.float64)
+                table.setdefault(f"{name}_{side}", zeros)[batch.index] += half * weight
     if dist.is_initialized():
         for name in sorted(table):
             dist.all_reduce(table[name])
     return {name: column.cpu() for name, column in table.items()}
 
 
-def pair_scores(table) -> dict[str, float]:
-    """Means over pairs of `evaluate_pairs`' table, by the names of the JSON.
+def pair_columns(table, *, beta=0.1) -> dict:
+    """Scores of an `evaluate_pairs` table: {key: (numerator (n,), denominator (n,))}; keys: this file's head.
 
-    accuracy: share of pairs whose chosen response has the higher mean log-probability (Table 2); accuracy_sum: the
-    higher sum. reward_accuracy: share whose log π/π_ref is higher for the chosen (DPO's implicit reward);
-    reward_accuracy_mean: per token (FPO's). nll_chosen: mean over pairs of the chosen response's NLL per token.
+    Args:
+        beta: β of the margins |β D(y_l) - β D(y_w)| (Figs. 3, 4): one for all methods, to compare them.
     """
-    mean = {s: table[f"logps_{s}"] / table[f"lengths_{s}"].clamp(min=1) for s in ("chosen", "rejected")}
-    scores, hits = {"nll_chosen": -mean["chosen"].mean().item()}, {}
-    if table["lengths_rejected"].any():
-        hits["accuracy"] = mean["chosen"] > mean["rejected"]
-        hits["accuracy_sum"] = table["logps_chosen"] > table["logps_rejected"]
-    if hits and "ratio_chosen" in table:
-        ratio = {s: table[f"ratio_{s}"] / table[f"lengths_{s}"].clamp(min=1) for s in mean}
-        hits["reward_accuracy"] = table["ratio_chosen"] > table["ratio_rejected"]
-        hits["reward_accuracy_mean"] = ratio["chosen"] > ratio["rejected"]
-    scores |= {name: hit.double().mean().item() for name, hit in hits.items()}
-    for name in ("kl_chosen", "kl_rejected", "mse_chosen", "mse_rejected"):
-        if name in table:
-            scores[name] = table[name].mean().item()
-    return scores
+    sides = ("chosen", "rejected") if table["lengths_rejected"].any() else ("chosen",)
+    one = torch.ones_like(table["logps_chosen"])
+    per_token = lambda name, s: table[f"{name}_{s}"] / table[f"lengths_{s}"].clamp(min=1)  # noqa: E731
+    columns = {"nll_chosen": (-per_token("logps", "chosen"), one)}
+    if len(sides) == 2:
+        above = lambda name: (table[f"{name}_chosen"] > table[f"{name}_rejected"]).double()  # noqa: E731
+        higher = lambda name: (per_token(name, "chosen") > per_token(name, "rejected")).double()  # noqa: E731
+        columns |= {"accuracy": (higher("logps"), one), "accuracy_sum": (above("logps"), one)}
+        if "ratio_chosen" in table:
+            columns["reward_accuracy"] = above("ratio"), one
+            columns["reward_accuracy_mean"] = higher("ratio"), one
+    total = lambda name: sum(table[f"{name}_{side}"] for side in sides)  # noqa: E731
+    columns["teacher_forced_entropy"] = total("entropy"), total("lengths")
+    for name in ("kl", "mse"):
+        if f"{name}_chosen" in table:
+            columns |= {f"{name}_{side}": (table[f"{name}_{side}"], one) for side in sides}
+            if len(sides) == 2:
+                margin = beta * table[f"{name}_rejected"] - beta * table[f"{name}_chosen"]
+                columns[f"{name}_margin"] = margin.abs(), one
+    return columns
+
+
+def summary(groups, *, bootstrap=0, seed=0) -> dict:
+    """{key: Σ numerator / Σ denominator}, and with `bootstrap` their 95 % intervals under "intervals".
+
+    An interval goes from the 2.5th to the 97.5th percentile over so many resamples, with replacement, of a
+    group's items: how the value varies with the pairs or prompts drawn, not with the seed of training.
+
+    Args:
+        groups: dicts of {key: (numerator (n,), denominator (n,))}; a group's n items are resampled together.
+    """
+    scores, intervals = {}, {}
+    for columns in groups:
+        parts = zip(*columns.values(), strict=True)
+        numerator, denominator = (torch.stack(part, 1).double() for part in parts)  # (n, keys)
+        scores |= dict(zip(columns, (numerator.sum(0) / denominator.sum(0)).tolist(), strict=True))
+        g, n, draws = torch.Generator().manual_seed(seed), len(numerator), []
+        for _ in range(bootstrap):
+            times = torch.bincount(torch.randint(n, (n,), generator=g), minlength=n).double()  # (n,)
+            draws.append((times @ numerator) / (times @ denominator))
+        if draws:
+            low, high = torch.stack(draws).quantile(torch.tensor([0.025, 0.975]).double(), dim=0).tolist()
+            intervals |= {name: list(ends) for name, *ends in zip(columns, low, high, strict=True)}
+    return {**scores, "intervals": intervals} if bootstrap else scores
 
 
 # ---------------------------------------------------------------------------- sampled responses
-class _RowNoise(LogitsProcessor):
-    """Gumbel noise from a generator of each row's own: the largest noisy logit is an exact sample (greedy decoding
-    then draws it), and a row's draws don't depend on what else is in the batch."""
+class _Sampler(LogitsProcessor):
+    """Temperature, nucleus and Gumbel noise: the largest logit that is left is an exact sample.
 
-    def __init__(self, seeds, device):
-        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+    Greedy decoding then draws it. A row's noise is of its own generator: its draws don't depend on other rows.
+    The nucleus is the smallest set of tokens whose probability, at this temperature, reaches p
+    (Holtzman et al. 2020). Noted at each step (rows,), at temperature 1 and uncut: the entropy of the
+    distribution, and the log-probability of the token drawn.
+    """
 
-    def __call__(self, input_ids, scores):
-        noise = torch.stack(
-            [torch.rand(scores.shape[1], generator=g, device=scores.device) for g in self.generators]
-        )
-        return scores.float() - (-noise.clamp(min=1e-30).log()).log()
-
-
-class _Nucleus(LogitsProcessor):
-    """Temperature, then the smallest set of tokens whose probability reaches p (Holtzman et al. 2020)."""
-
-    def __init__(self, temperature, top_p):
-        self.temperature, self.top_p = temperature, top_p
+    def __init__(self, temperature, top_p, generators):
+        self.temperature, self.top_p, self.generators = temperature[:, None], top_p, generators
+        self.entropy, self.logps = [], []
 
     def __call__(self, input_ids, scores):
-        scores = scores.float() / self.temperature
-        if self.top_p >= 1:
-            return scores
-        order = scores.sort(descending=True)
-        before = order.values.softmax(-1).cumsum(-1) - order.values.softmax(-1)
-        cut = (before >= self.top_p).scatter(1, order.indices, before >= self.top_p)
-        return scores.masked_fill(cut, -torch.inf)
+        log_p = scores.float().log_softmax(-1)
+        self.entropy.append(-(log_p.exp() * log_p).sum(-1))
+        kept = log_p
+        if self.top_p < 1:
+            p, k = (log_p / self.temperature.clamp(min=1e-6)).softmax(-1), 64
+            top = p.topk(min(k, p.shape[1]))
+            while k < p.shape[1] and (top.values.sum(-1) < self.top_p).any():  # faster than a sort of all
+                k *= 4
+                top = p.topk(min(k, p.shape[1]))
+            inside = top.values.cumsum(-1) - top.values < self.top_p  # the mass before a token is below p
+            keep = torch.zeros_like(p, dtype=torch.bool).scatter(1, top.indices, inside)
+            kept = log_p.masked_fill(~keep, -torch.inf)
+        V = kept.shape[1]
+        u = torch.stack([torch.rand(V, generator=g, device=kept.device) for g in self.generators])
+        noisy = kept - self.temperature * (-u.clamp(min=1e-30).log()).log()  # temperature 0: greedy
+        self.logps.append(log_p.gather(1, noisy.argmax(-1, keepdim=True))[:, 0])
+        return noisy
+
+
+def _continue(lm, rows, sampler, *, steps, stops, pad):
+    """(new tokens, Σ entropy, log π of them) for each row of token ids: up to a stop, `steps` at most."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=lm.device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=lm.device)
+    out = lm.generate(
+        ids, attention_mask=mask, max_new_tokens=steps, do_sample=False, repetition_penalty=1.0,
+        eos_token_id=sorted(stops), pad_token_id=pad, logits_processor=LogitsProcessorList([sampler]),
+    )  # fmt: skip
+    notes = (torch.stack(note, 1).double().tolist() for note in (sampler.entropy, sampler.logps))
+    for row, entropy, logps in zip(out[:, width:].tolist(), *notes, strict=True):
+        end = next((i + 1 for i, token in enumerate(row) if token in stops), len(row))
+        yield row[:end], sum(entropy[:end]), sum(logps[:end])
+
+
+def _draw(lm, prompts, jobs, *, temperature, max_new_tokens, top_p, seed, batch_size, stops, pad, bar):
+    """{(prompt, sample): (token ids, Σ entropy, log π)} of these jobs.
+
+    A quarter of the tokens is drawn at a time; then responses that have ended leave the batches.
+    """
+    noise = {job: torch.Generator(lm.device).manual_seed(hash((seed, *job)) % 2**62) for job in jobs}
+    drawn = {job: ([], 0.0, 0.0) for job in jobs}
+    done, quarter = 0, max(16, -(-max_new_tokens // 4))
+    while jobs and done < max_new_tokens:
+        steps = min(quarter, max_new_tokens - done)
+        jobs = sorted(jobs, key=lambda job: (len(prompts[job[0]]), job))  # little padding
+        for part in (jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)):
+            heat = torch.tensor([temperature[p] for p, _ in part], device=lm.device)
+            sampler = _Sampler(heat, top_p, [noise[job] for job in part])
+            rows = [[*prompts[job[0]], *drawn[job][0]] for job in part]
+            news = _continue(lm, rows, sampler, steps=steps, stops=stops, pad=pad)
+            for job, new in zip(part, news, strict=True):
+                drawn[job] = tuple(old + more for old, more in zip(drawn[job], new, strict=True))
+        jobs = [job for job in jobs if drawn[job][0][-1] not in stops]
+        bar.update(len(drawn) - len(jobs) - bar.n)
+        done += steps
+    return drawn
 
 
 @torch.no_grad()
 def sample_responses(
-    lm,
-    tokenizer,
-    prompts,
-    *,
-    samples=1,
-    max_new_tokens=256,
-    top_p=0.95,
-    temperature=1.0,
-    seed=0,
-    batch_size=64,
-    progress=False,
-):
+    lm, tokenizer, prompts, *, samples=1, max_new_tokens=256, top_p=0.95, temperature=1.0, seed=0,
+    batch_size=256, progress=False,
+):  # fmt: skip
     """Responses sampled by Hugging Face's generate, seeded by prompt and sample, split over the ranks.
 
     Args:
-        prompts: lists of token ids, BOS and the turn's opening included.
+        prompts: P lists of token ids, BOS and the turn's opening included.
+        temperature: one for all, or a list of one a prompt; 0 is greedy.
+        seed: an int, or a tuple of them.
     Returns:
-        For each prompt, `samples` lists of token ids; the token that ends the turn is included where it came.
+        for each prompt `samples` lists of token ids, the token that ends the turn included where it came; and
+        (P, samples, 3) float64: Σ_t H(π(·|x, y_<t)) and log π(y|x), nats, at temperature 1 and uncut; |y|.
     """
     rank, world = fpo.ranks()
-    device = lm.device
-    jobs = [(p, s) for p in range(len(prompts)) for s in range(samples)]
-    mine = sorted(jobs[rank::world], key=lambda job: (len(prompts[job[0]]), job))  # little padding
-    stops = lm.generation_config.eos_token_id
-    stops = set(stops if isinstance(stops, list) else [stops])
+    ends = lm.generation_config.eos_token_id
+    stops = {*(ends if isinstance(ends, list) else [ends]), Renderer(tokenizer).end} - {None}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    heat = temperature if isinstance(temperature, list) else [temperature] * len(prompts)
+    jobs = [(p, s) for p in range(len(prompts)) for s in range(samples)][rank::world]
     was_training, attention = lm.training, lm.config._attn_implementation
     lm.eval()
     lm.set_attn_implementation("eager")  # flex_attention would compile anew for every length
-    done = []
-    for start in tqdm(
-        range(0, len(mine), batch_size), "sampling", disable=not progress or rank > 0, leave=False
-    ):
-        part = mine[start : start + batch_size]
-        width = max(len(prompts[p]) for p, _ in part)
-        ids = torch.tensor([[pad] * (width - len(prompts[p])) + list(prompts[p]) for p, _ in part])
-        mask = torch.tensor([[0] * (width - len(prompts[p])) + [1] * len(prompts[p]) for p, _ in part])
-        noise = _RowNoise([hash((seed, p, s)) % 2**62 for p, s in part], device)
-        out = lm.generate(
-            ids.to(device), attention_mask=mask.to(device), max_new_tokens=max_new_tokens, do_sample=False,
-            logits_processor=LogitsProcessorList([_Nucleus(temperature, top_p), noise]), pad_token_id=pad,
+    with tqdm(total=len(jobs), desc="sampling", disable=not progress or rank > 0, leave=False) as bar:
+        drawn = _draw(
+            lm, prompts, jobs, temperature=heat, max_new_tokens=max_new_tokens, top_p=top_p, seed=seed,
+            batch_size=batch_size, stops=stops, pad=pad, bar=bar,
         )  # fmt: skip
-        for job, row in zip(part, out[:, width:].tolist(), strict=True):
-            end = next((i + 1 for i, token in enumerate(row) if token in stops), len(row))
-            done.append((job, row[:end]))
     lm.set_attn_implementation(attention)
     lm.train(was_training)
     if dist.is_initialized():
         parts = [None] * world
-        dist.all_gather_object(parts, done)
-        done = [item for part in parts for item in part]
-    by_job = dict(done)
-    return [[by_job[p, s] for s in range(samples)] for p in range(len(prompts))]
+        dist.all_gather_object(parts, drawn)
+        drawn = {job: response for part in parts for job, response in part.items()}
+    by_prompt = [[drawn[p, s] for s in range(samples)] for p in range(len(prompts))]
+    totals = [[(H, logp, len(y)) for y, H, logp in many] for many in by_prompt]
+    return [[y for y, _, _ in many] for many in by_prompt], torch.tensor(totals, dtype=torch.float64)
 
 
-@torch.no_grad()
-def response_entropy(policy, pairs: Pairs, *, max_tokens=0, max_pairs=0, **rows) -> torch.Tensor:
-    """(n, 3) float64 per response: Σ_t H(π(·|x, y_<t)) in nats, at temperature 1 over the whole vocabulary; log π(y|x);
-    and the number of tokens."""
-    rank, world = fpo.ranks()
-    device = policy.lm.device
-    groups = micro_batches(range(len(pairs)), pairs.row_lengths(rows["layout"]), world, max_pairs=max_pairs or 32,
-                           max_tokens=max_tokens)[rank::world]  # fmt: skip
-    table = torch.zeros(len(pairs), 3, dtype=torch.float64, device=device)
-    was_training = policy.training
-    policy.eval()
-    for batch, _ in fpo.stream(pairs, groups, device=device, **rows):
-        says, _ = policy(batch, entropy=True)
-        B = len(batch.index)
-        table[batch.index] += (
-            torch.stack([says.entropy[:B], says.logps[:B], says.lengths[:B]], 1) * batch.weight[:, None]
-        )
-    policy.train(was_training)
-    if dist.is_initialized():
-        dist.all_reduce(table)
-    return table.cpu()
+def distinct(texts, n: int) -> float:
+    """distinct-n (Li et al. 2016): different over all n-grams of some texts' words, split at white space."""
+    words = [text.split() for text in texts]
+    grams = [tuple(text[i : i + n]) for text in words for i in range(len(text) - n + 1)]
+    return len(set(grams)) / max(1, len(grams))
+
+
+def self_bleu(texts) -> float:
+    """Self-BLEU (Zhu et al. 2018), 0 to 100: mean of each text's BLEU-4, sacrebleu's, against the others."""
+    from sacrebleu import BLEU
+
+    bleu = BLEU(effective_order=True)  # a text of fewer than 4 words is scored by what it has
+    scores = [bleu.sentence_score(text, texts[:i] + texts[i + 1 :]).score for i, text in enumerate(texts)]
+    return sum(scores) / len(scores)
+
+
+def sample_columns(texts, totals) -> dict:
+    """Scores of P prompts' responses, as {key: (numerator (P,), denominator (P,))}; keys: this file's head.
+
+    predictive_entropy is the Monte-Carlo mean of -log π(y|x): H(π(·|x)) where responses are samples of π;
+    those of its nucleus are likelier, and give less. .._per_token divides each response's by its own |y|.
+
+    Args:
+        texts: P lists of S texts.
+        totals: (P, S, 3), as `sample_responses` gives it.
+    """
+    H, logp, length = totals.unbind(-1)
+    one = torch.ones(len(texts))
+    columns = {
+        "entropy": (H.sum(1), length.sum(1)),
+        "predictive_entropy": (-logp.mean(1), one),
+        "predictive_entropy_per_token": (-(logp / length).mean(1), one),
+        "response_tokens": (length.mean(1), one),
+    }
+    columns |= {f"distinct_{n}": (torch.tensor([distinct(many, n) for many in texts]), one) for n in (1, 2)}
+    if totals.shape[1] > 1 and importlib.util.find_spec("sacrebleu"):
+        columns["self_bleu"] = torch.tensor([self_bleu(many) for many in texts]), one
+    return columns
 
 
 def unique_prompts(pairs: Pairs, most: int) -> list[list[int]]:
@@ -212,77 +313,341 @@ def unique_prompts(pairs: Pairs, most: int) -> list[list[int]]:
 
 
 def evaluate(
-    policy, tokenizer, pairs, *, cache=None, k=50, prompts=100, samples=0, max_new_tokens=256, top_p=0.95, seed=0,
-    progress=False, **rows,
+    policy, tokenizer, pairs, *, cache=None, k=50, beta=0.1, top=0, prompts=100, samples=0,
+    max_new_tokens=256, top_p=0.95, seed=0, bootstrap=0, progress=False, **rows,
 ):  # fmt: skip
-    """`pair_scores`, and with samples > 0 the mean token entropy of sampled responses, under the JSON's keys."""
-    scores = pair_scores(evaluate_pairs(policy, pairs, cache=cache, k=k, progress=progress, **rows))
+    """Scores of a policy, by the keys of this file's head: of pairs, and if samples > 0 of sampled responses.
+
+    Args:
+        policy, pairs, cache, k, top, rows: as `evaluate_pairs` takes them.
+        beta: of the margins, see `pair_columns`. bootstrap: resamples for the intervals (`summary`), 0: none.
+        prompts, samples: responses to each of so many of the pairs' distinct prompts.
+    """
+    table = evaluate_pairs(policy, pairs, cache=cache, k=k, top=top, progress=progress, **rows)
+    groups = [pair_columns(table, beta=beta)]
     if samples:
-        chosen = unique_prompts(pairs, prompts)
-        responses = sample_responses(
-            policy.lm, tokenizer, chosen, samples=samples, max_new_tokens=max_new_tokens, top_p=top_p, seed=seed,
-            progress=progress,
+        responses, totals = sample_responses(
+            policy.lm, tokenizer, unique_prompts(pairs, prompts), samples=samples, top_p=top_p, seed=seed,
+            max_new_tokens=max_new_tokens, progress=progress,
         )  # fmt: skip
-        drawn = Pairs([(p, r, []) for p, many in zip(chosen, responses, strict=True) for r in many])
-        total = response_entropy(policy, drawn, **rows).sum(0)
-        scores["entropy"] = (total[0] / total[2]).item()
+        texts = [tokenizer.batch_decode(many, skip_special_tokens=True) for many in responses]
+        groups.append(sample_columns(texts, totals))
+    scores = summary(groups, bootstrap=bootstrap, seed=seed)
+    for name in ("activations_policy", "activations_reference"):
+        if f"{name}_chosen" in table:  # responses that are there: SFT has none rejected
+            both = [table[f"{name}_{side}"][table[f"lengths_{side}"] > 0] for side in ("chosen", "rejected")]
+            scores[name] = torch.cat(both).mean(0).tolist()
     return scores
 
 
+# ---------------------------------------------------------------------------- features (Table 4)
+@torch.no_grad()
+def feature_statistics(policy, pairs, **budget_and_rows):
+    """(mean (m,), largest (m,)) of the first SAE's features over a set of responses.
+
+    Returns:
+        mean over responses of the pooled feature c̄ (Eq. 10), and the largest activation at a single token.
+    """
+    sae = policy._saes[0]
+    total = torch.zeros(sae.m + 1, dtype=torch.float64, device=policy.lm.device)
+    largest = torch.zeros(sae.m, device=policy.lm.device)
+    for batch, _ in _batches(policy, pairs, **budget_and_rows):
+        states = policy._read(policy.lm, policy._hooks, batch)[1][0]  # (N, d), what the SAE reads
+        pooled = fpo.pooled_features(states, sae, batch.owner, batch.lengths)
+        there = (batch.lengths > 0).double() * batch.weight.repeat(2)
+        total += torch.cat([there @ pooled.double(), there.sum()[None]])
+        largest = torch.maximum(largest, sae.encode(states).amax(0))
+    if dist.is_initialized():
+        dist.all_reduce(total)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return (total[:-1] / total[-1]).cpu(), largest.cpu()
+
+
+def choose_features(mean_a, largest_a, mean_b, *, n=50, criterion="difference", seed=0) -> list[int]:
+    """At most `n` features that tell responses A from responses B, the clearest first.
+
+    Args:
+        mean_a, largest_a, mean_b: (m,), as `feature_statistics` gives them.
+        criterion: "difference": the largest mean_a - mean_b above 0 (ours). "token": the n largest at a
+            single token of A, less those whose mean is no higher over A (the paper's, as we read it).
+            "random": drawn by `seed` from the features active in A or B (what a choice is compared with).
+    """
+    difference = mean_a - mean_b
+    if criterion == "random":
+        active = (mean_a + mean_b).nonzero()[:, 0]
+        return active[torch.randperm(len(active), generator=torch.Generator().manual_seed(seed))][:n].tolist()
+    ranking = (difference if criterion == "difference" else largest_a).argsort(descending=True)[:n]
+    return ranking[difference[ranking] > 0].tolist()
+
+
+# ---------------------------------------------------------------------------- benchmarks (Table 2, Fig. 3)
+EXPORTS = {"alpaca_eval": 0.7, "arena_hard": 0.0, "mt_bench": None, "records": 1.0}  # and their temperatures
+# MT-Bench's temperatures by category; 0.7 in the others.
+MT_BENCH = {"extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0, "stem": 0.1, "humanities": 0.1}
+
+
+def question_turns(kind, question) -> list[str]:
+    """The user's turns in a record of a benchmark's file. Raises KeyError or TypeError where it is none."""
+    if kind == "alpaca_eval":
+        return [question["instruction"]]
+    if kind == "mt_bench":
+        return question["turns"] if question["question_id"] and question["category"] else []
+    if kind == "arena_hard" and "uid" not in question:  # its files of 2024
+        return [turn["content"] for turn in question["turns"]] if question["question_id"] else []
+    return [question["prompt"]]
+
+
+def read_questions(kind, path, most=None) -> list[tuple[dict, list[str]]]:
+    """(record, the user's turns) of the first questions of a benchmark's file, a JSON list or JSON lines.
+
+    Raises:
+        ValueError: no such file, no JSON, or a record that is no question of that benchmark.
+    """
+    try:
+        lines = str(path).endswith(".jsonl")
+        records = read_jsonl(str(path)) if lines else enumerate(json.loads(Path(path).read_text()))
+        records = list(records)
+    except (OSError, TypeError, ValueError) as error:
+        raise ValueError(f"questions {path}: a JSON list or a .jsonl file is needed: {error}") from None
+    questions = []
+    for where, record in records[:most]:
+        try:
+            turns = question_turns(kind, record)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path}, record {where}: no question of {kind}: {error}") from None
+        if not (turns and all(isinstance(turn, str) for turn in turns)):
+            raise ValueError(f"{path}, record {where}: no question of {kind}: turns {turns!r:.80}")
+        questions.append((record, turns))
+    return questions
+
+
+def answer_record(kind, question, turns, answers, model) -> dict:
+    """A question's answers as a benchmark's tool reads them, `model` by name; every turn is text.
+
+    Arena-Hard's style control wants counts of tokens and Markdown too: its add_markdown_info.py adds them.
+    """
+    if kind == "alpaca_eval":
+        answer = {"instruction": turns[0], "output": answers[0], "generator": model}
+        return answer | {"dataset": question.get("dataset", "")}
+    if kind == "records":
+        return {"prompt": turns[0], "response": answers[0]}
+    number = uuid.uuid5(uuid.NAMESPACE_OID, json.dumps([model, turns, answers])).hex  # same answer, same id
+    if kind == "arena_hard" and "uid" in question:
+        said = {"role": "assistant", "content": {"answer": answers[0]}}
+        answer = {"uid": question["uid"], "ans_id": number, "model": model}
+        answer["messages"] = [{"role": "user", "content": turns[0]}, said]
+    else:
+        said = answers if kind == "mt_bench" else [{"content": text} for text in answers]
+        answer = {"question_id": question["question_id"], "answer_id": number, "model_id": model}
+        answer["choices"] = [{"index": 0, "turns": said}]
+    return answer | {"tstamp": time.time()}
+
+
+def export(lm, tokenizer, kind, questions, *, model, temperature=None, seed=0, **sampling) -> list[dict]:
+    """`answer_record`s of a model to `read_questions`; each turn follows the model's own earlier answers.
+
+    Args:
+        kind: one of EXPORTS. model: the name it goes by.
+        temperature: None: EXPORTS'; for MT-Bench its own, by category.
+        sampling: max_new_tokens, top_p, progress, as `sample_responses` takes them.
+    """
+    renderer, temperature = Renderer(tokenizer), EXPORTS[kind] if temperature is None else temperature
+    talks = [[] for _ in questions]
+    for turn in range(max(len(turns) for _, turns in questions)):
+        here = [i for i, (_, turns) in enumerate(questions) if turn < len(turns)]
+        prompts, heat = [], temperature
+        for i in here:
+            talks[i].append({"role": "user", "content": questions[i][1][turn]})
+            pieces = renderer.pieces([*talks[i], {"role": "assistant", "content": "x"}])
+            first, *rest = renderer.encode(pieces[:-1])  # all but the answer
+            first = first if first[:1] == renderer.head else renderer.head + first
+            prompts.append([*first, *(token for part in rest for token in part)])
+        if heat is None:
+            heat = [MT_BENCH.get(questions[i][0]["category"], 0.7) for i in here]
+        options = {"temperature": heat, "seed": (seed, turn), **sampling}
+        drawn, _ = sample_responses(lm, tokenizer, prompts, **options)
+        for i, (tokens,) in zip(here, drawn, strict=True):
+            text = tokenizer.decode(tokens, skip_special_tokens=True).strip()
+            talks[i].append({"role": "assistant", "content": text})
+    answers = [[message["content"] for message in talk[1::2]] for talk in talks]
+    return [answer_record(kind, *q, said, model) for q, said in zip(questions, answers, strict=True)]
+
+
 # ---------------------------------------------------------------------------- the script
+def add_flags(parser):
+    """The flags of its own, in four groups."""
+    score = parser.add_argument_group("scores").add_argument
+    score("--beta", type=float, default=0.1, help="β of the margins, one for all methods (0.1)")
+    score("--train_pairs", nargs="?", const="", help="training pairs too (Table 2): the preset's, or these")
+    score("--features_top", type=int, default=0, help="largest pooled features by rank; Fig. 2: 50 (0: none)")
+    score("--bootstrap", type=int, default=1000, help="resamples for the intervals (1000); 0: none")
+    score("--json", help="write all that is printed here")
+    draw = parser.add_argument_group("sampling").add_argument
+    draw("--prompts", type=int, help="distinct prompts to sample from (100); questions to export (all)")
+    draw("--samples", type=int, default=25, help="responses a prompt for the entropies; 0: none (25)")
+    draw("--max_new_tokens", type=int, help="longest response (the preset's; to export 1024)")
+    draw("--top_p", type=float, help="nucleus (0.95; to export 1)")
+    draw("--seed", type=int, default=0, help="of sampling, bootstrap and random features")
+    find = parser.add_argument_group("features that tell A from B (Table 4), instead of scores").add_argument
+    find("--find_features", nargs=2, metavar=("A", "B"), help="JSONL: prompt and response (or chosen)")
+    criteria = ("difference", "token", "random")
+    find("--criterion", default=criteria[0], choices=criteria, help="of means; token: the paper's")
+    find("--features", type=int, default=50, help="at most so many (50)")
+    find("--weights", help="write a file for train.py --feature_weights")
+    find("--weight_inside", type=float, default=1.0, help="weight of the features found (1)")
+    find("--weight_outside", type=float, default=0.0, help="weight of all others (0: they are free)")
+    answer = parser.add_argument_group("answers to a benchmark, instead of scores").add_argument
+    answer("--export", choices=EXPORTS, help="format; records: JSONL of prompt and response")
+    answer("--questions", help="the benchmark's question file")
+    answer("--out", help="file of answers; its name is the model's name there")
+    answer("--temperature", type=float, nargs="+", help="a file each (0.7; Arena-Hard 0, MT-Bench its own)")
+
+
 def parse_args(argv=None):
     """Flags over the preset's values."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     presets.shared_flags(parser)
-    score = parser.add_argument_group("scores")
-    score.add_argument("--prompts", type=int, default=100, help="distinct prompts to sample from (100)")
-    score.add_argument(
-        "--samples", type=int, default=25, help="responses a prompt for the entropy; 0: none (25)"
-    )
-    score.add_argument("--max_new_tokens", type=int, help="longest sampled response")
-    score.add_argument("--top_p", type=float, default=0.95, help="nucleus of the sampling (0.95)")
-    score.add_argument("--seed", type=int, default=0, help="of the sampling")
-    score.add_argument("--json", help="write the scores here")
+    add_flags(parser)
     args = parser.parse_args(argv)
-    for name, value in presets.PRESETS[args.preset].items():
+    preset = presets.PRESETS[args.preset]
+    args.dataset = args.dataset or preset["eval_dataset"]
+    args.train_pairs = preset["dataset"] if args.train_pairs == "" else args.train_pairs
+    for name, value in preset.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
-    args.dataset = parser.parse_args(argv).dataset or presets.PRESETS[args.preset]["eval_dataset"]
     args.model = args.model or presets.default_model(args.preset, "fpo")[0]
-    args.max_new_tokens = args.max_new_tokens or args.eval_tokens
-    if not 0 < args.top_p <= 1:
-        raise ValueError(f"--top_p {args.top_p}: must be above 0 and at most 1")
-    for name in ("samples", "prompts", "k"):
-        if getattr(args, name) < (name != "samples"):
-            raise ValueError(f"--{name} {getattr(args, name)}: must be at least {int(name != 'samples')}")
+    if args.top_p is None:
+        args.top_p = 1.0 if args.export else 0.95
+    if args.max_new_tokens is None:
+        args.max_new_tokens = 1024 if args.export and args.preset != "toy" else args.eval_tokens
+    if args.prompts is None and not args.export:
+        args.prompts = 100
+    check_args(args)
     return args
 
 
+def check_args(args):
+    """Errors that need no file: each names the value and what is allowed."""
+    if not 0 < args.top_p <= 1:
+        raise ValueError(f"--top_p {args.top_p}: must be above 0 and at most 1")
+    least = {"samples": 0, "prompts": 1, "k": 1, "features": 1, "features_top": 0, "bootstrap": 0, "beta": 0}
+    least |= {"max_new_tokens": 1, "weight_inside": 0, "weight_outside": 0}
+    for name, low in least.items():
+        value = getattr(args, name)
+        if value is not None and not low <= value < float("inf"):
+            raise ValueError(f"--{name} {value}: must be at least {low}")
+    for value in args.temperature or ():
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"--temperature {value}: must be at least 0")
+    if args.export and args.find_features:
+        raise ValueError("--export and --find_features: one at a time")
+    if args.export and not (args.questions and args.out):
+        raise ValueError(f"--export {args.export}: --questions FILE and --out FILE are needed")
+    if (args.questions or args.out or args.temperature) and not args.export:
+        raise ValueError("--questions, --out, --temperature: only with --export; scores are of temperature 1")
+    suffix = ".json" if args.export == "alpaca_eval" else ".jsonl"
+    if args.export and Path(args.out).suffix != suffix:
+        raise ValueError(f"--out {args.out}: {args.export} reads files that end in {suffix}")
+    if args.weights and not args.find_features:
+        raise ValueError(f"--weights {args.weights}: only with --find_features A B")
+
+
+def write_lines(path, records):
+    """Write JSON lines aside and rename: a reader sees the old file or the new one."""
+    aside = Path(f"{path}.{os.getpid()}.tmp")
+    aside.parent.mkdir(parents=True, exist_ok=True)
+    aside.write_text("".join(json.dumps(record) + "\n" for record in records))
+    aside.replace(path)
+
+
+def run_export(args, tokenizer, lm, questions, main_rank):
+    """Answers of one model to a benchmark, a file for each temperature; the file's name is the model's."""
+    for heat in args.temperature or [None]:
+        out = Path(args.out)
+        if len(args.temperature or ()) > 1:
+            out = out.with_name(f"{out.stem}_t{heat:g}{out.suffix}")
+        answers = export(
+            lm, tokenizer, args.export, questions, model=out.stem, temperature=heat, seed=args.seed,
+            top_p=args.top_p, max_new_tokens=args.max_new_tokens, progress=main_rank,
+        )  # fmt: skip
+        if main_rank:
+            (fpo.write_json if out.suffix == ".json" else write_lines)(out, answers)
+            print(f"{out}: {len(answers)} answers")
+
+
+def run_features(args, policy, pairs_a, pairs_b, rows, main_rank):
+    """The table of features that tell A from B, and the weights file."""
+    mean_a, largest_a = feature_statistics(policy, pairs_a, progress=main_rank, **rows)
+    mean_b, _ = feature_statistics(policy, pairs_b, progress=main_rank, **rows)
+    columns, options = (mean_a, largest_a, mean_b), {"n": args.features, "seed": args.seed}
+    found = choose_features(*columns, criterion=args.criterion, **options)
+    papers = choose_features(*columns, criterion="token", **options)
+    if not main_rank:
+        return
+    print(f"{'feature':>8}{'mean in A':>12}{'mean in B':>12}{'largest in A':>14}   *: criterion token")
+    table = []
+    for i in found:
+        a, b, largest = mean_a[i].item(), mean_b[i].item(), largest_a[i].item()
+        table.append({"feature": i, "mean_a": a, "mean_b": b, "largest_a": largest, "token": i in papers})
+        print(f"{i:>8}{a:>12.4f}{b:>12.4f}{largest:>14.4f}   {'*' if i in papers else ''}")
+    if args.json:
+        fpo.write_json(args.json, {"criterion": args.criterion, "features": table})
+    if args.weights:
+        weights = {str(i): args.weight_inside for i in found}
+        fpo.write_json(args.weights, {"default": args.weight_outside, "features": weights})
+        print(f"{args.weights}: {len(found)} of {args.weight_inside:g}, else {args.weight_outside:g}")
+
+
+def run_scores(args, tokenizer, policy, pairs, train, rows, main_rank):
+    """All scores of one model, printed and written."""
+    rows |= {"k": args.k, "beta": args.beta, "bootstrap": args.bootstrap, "progress": main_rank}
+    scores = evaluate(
+        policy, tokenizer, pairs, top=args.features_top, prompts=args.prompts, samples=args.samples,
+        top_p=args.top_p, max_new_tokens=args.max_new_tokens, seed=args.seed, **rows,
+    )  # fmt: skip
+    if train is not None:
+        scores["train"] = evaluate(policy, tokenizer, train, seed=args.seed, **rows)
+    if not main_rank:
+        return
+    for title, part in (("", scores), ("train ", scores.get("train", {}))):
+        for name in (name for name, value in part.items() if isinstance(value, float)):
+            ends = part.get("intervals", {}).get(name)
+            interval = f"   [{ends[0]:.4f}, {ends[1]:.4f}]" if ends else ""
+            print(f"{title + name:<32}{part[name]:>10.4f}{interval}")
+    if args.samples > 1 and "self_bleu" not in scores:
+        print("self_bleu is left out: pip install sacrebleu")
+    if args.json:
+        fpo.write_json(args.json, scores)
+
+
 def main(argv=None):
-    """Score one model; with --reference also against it."""
+    """Score one model, with --reference against it too; or find features; or answer a benchmark."""
     with presets.one_line_errors():
         args = parse_args(argv)
     device = presets.start_processes()
     main_rank = fpo.ranks()[0] == 0
     presets.make_toy_world(args)
     with presets.one_line_errors():
+        questions = read_questions(args.export, args.questions, args.prompts) if args.export else None
         tokenizer = presets.load_tokenizer(args.model)
         limits = {"max_length": args.max_length, "max_prompt_length": args.max_prompt_length}
-        pairs = load_pairs(args.dataset, tokenizer, progress=main_rank, **limits)
-        saes, sites = presets.load_saes(args, device) if args.reference else ([], [])
+        limits |= {"sft": bool(args.find_features), "progress": main_rank}
+        sources = [] if questions else args.find_features or [args.dataset, args.train_pairs]
+        sets = [source and load_pairs(source, tokenizer, **limits) for source in sources]
+        compare = args.reference and not (questions or args.find_features)
+        with_saes = compare or (args.features_top and not questions) or args.find_features
+        saes, sites = presets.load_saes(args, device) if with_saes else ([], [])
         policy = fpo.Policy(presets.load_lm(args.model, device), saes, sites)
-        if args.reference:
+        if compare:
             policy.hold_reference(presets.load_lm(args.reference, device))
-    scores = evaluate(
-        policy, tokenizer, pairs, k=args.k, prompts=args.prompts, samples=args.samples, top_p=args.top_p,
-        max_new_tokens=args.max_new_tokens, seed=args.seed, progress=main_rank,
-        max_tokens=args.micro_batch_tokens, **presets.rows_of(args, tokenizer, pairs, device),
-    )  # fmt: skip
-    if main_rank:
-        for name, value in scores.items():
-            print(f"{name:<24}{value:.4f}")
-        if args.json:
-            fpo.write_json(args.json, scores)
+    if questions:
+        run_export(args, tokenizer, policy.lm, questions, main_rank)
+    else:
+        rows = {"max_tokens": args.micro_batch_tokens, **presets.rows_of(args, tokenizer, sets[0], device)}
+        if args.find_features:
+            run_features(args, policy, *sets, rows, main_rank)
+        else:
+            run_scores(args, tokenizer, policy, *sets, rows, main_rank)
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -454,18 +454,21 @@ def reference_identity(
 def find_reference(cache_dir, identity: dict) -> Path:
     """The folder of a cache with this identity: one that has all its SAEs, perhaps more; else a new one."""
     for folder in sorted(Path(cache_dir).glob("*/")):
-        manifest = _manifest(folder)
-        if manifest is None or manifest["shard"] != SHARD:
-            continue
-        found = manifest["identity"]
-        fixed = [key for key in identity if key not in ("saes", "cache_top")]
-        same = all(found.get(key) == identity[key] for key in fixed)
-        wanted = identity["saes"]
-        features = not wanted or found["cache_top"] == identity["cache_top"]
-        if same and features and all(sae in found["saes"] for sae in wanted):
+        if _serves(_manifest(folder), identity):
             return folder
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     return Path(cache_dir) / key
+
+
+def _serves(manifest: dict | None, identity: dict) -> bool:
+    """Whether a cache of that manifest gives what this identity asks for."""
+    if manifest is None or manifest["shard"] != SHARD:
+        return False
+    found, wanted = manifest["identity"], identity["saes"]
+    fixed = [key for key in identity if key not in ("saes", "cache_top")]
+    same = all(found.get(key) == identity[key] for key in fixed)
+    features = not wanted or found.get("cache_top") == identity["cache_top"]
+    return same and features and all(sae in found.get("saes", []) for sae in wanted)
 
 
 def build_reference(
@@ -489,7 +492,7 @@ def build_reference(
     folder = find_reference(cache_dir, identity)
     barrier()  # every rank has looked before any writes
     lock = _lock(folder) if rank == 0 else None
-    if rank == 0 and _manifest(folder) is None:
+    if rank == 0 and not _serves(_manifest(folder), identity):
         write_json(folder / "manifest.json", {"identity": identity, "pairs": len(pairs), "shard": SHARD})
     barrier()
     shards = [folder / f"shard_{s:05d}.safetensors" for s in range(-(-len(pairs) // SHARD))]

@@ -1,13 +1,13 @@
 """The paper's tables and figures, one command each: train.py and eval_diversity.py over methods and settings.
 
-    python reproduce.py comparison --preset toy   six methods: Table 2 right, Fig. 2 left, Fig. 3, Fig. 4 right, α
-    python reproduce.py ablation   --preset toy   Table 3 (layer × site, α × stop-gradient), Table 6, Table 7
-    python reproduce.py control    --preset toy   Table 4, on styles of the toy world; --real: on the paper's data
+    python reproduce.py comparison --preset toy   Table 2 right, Fig. 2 left, Fig. 3, Fig. 4 right; FPO over α
+    python reproduce.py ablation --preset toy     Table 3 (layer × site, α × stop-gradient), Tables 6 and 7
+    python reproduce.py control --preset toy      Table 4, on styles of the toy world; --real: the paper's
 
-Nothing is trained or measured here: numbers come from each run's metrics.jsonl, scores.json and scored.json, and
-are written with command, commit, seed, hardware and seconds to results.json. A run that is done is not repeated.
-A deviation is the sample's (n − 1) over seeds: orders of the data, draws of the samples; the SFT model that all
-start from is the same.
+Nothing is trained or measured here: numbers are those of each run's metrics.jsonl, scores.json, scored.json;
+they go with commands, commit, seed, hardware and seconds to results.json. A run that is done is not repeated.
+A deviation is the sample's (n − 1) over seeds, that is over orders of the data and draws of the samples: the
+SFT model that all start from is the same.
 """
 
 import argparse
@@ -15,7 +15,6 @@ import concurrent.futures
 import hashlib
 import json
 import os
-import random
 import shlex
 import statistics
 import subprocess
@@ -28,15 +27,14 @@ import torch
 import train
 
 # One name and one colour a method, everywhere; the colours are legible on white and on black.
-METHODS = {"sft": ("SFT", "#8c8c8c"), "dpo": ("DPO", "#4c7fd9"), "tdpo1": ("TDPO-1", "#1fa3b5"),
-           "tdpo2": ("TDPO-2", "#3a9d4f"), "simpo": ("SimPO", "#d98324"), "fpo": ("FPO", "#d6336c")}  # fmt: skip
+METHODS = {"sft": ("SFT", "#8c8c8c"), "dpo": ("DPO", "#4c7fd9"), "tdpo1": ("TDPO-1", "#1fa3b5")}
+METHODS |= {"tdpo2": ("TDPO-2", "#3a9d4f"), "simpo": ("SimPO", "#d98324"), "fpo": ("FPO", "#d6336c")}
 GREY, PAPER_BETA = "#7f7f7f", 0.1  # PAPER_BETA: of Fig. 3's margin, for every method alike
 ALPHAS = (0.0, 0.1, 0.5, 1.0, 2.0, 10.0, 50.0)
 
 # The paper's accuracy (%) and entropy: Gemma-2-2B on UltraFeedback. The toy's 4 layers stand for 4 of 26.
 TABLE_2 = {"dpo": (59.9, 1.66), "tdpo1": (63.2, 1.65), "tdpo2": (64.2, 1.68), "simpo": (63.4, 1.64)}
 TABLE_2["fpo"] = (64.1, 1.68)
-LAYERS = {"paper": (7, 13, 19, 25), "toy": (0, 1, 2, 3)}
 TABLE_3_LAYERS = {
     "res": ((57.2, 1.645), (59.1, 1.612), (59.7, 1.644), (63.6, 1.680)),
     "mlp": ((57.4, 1.609), (61.3, 1.637), (62.4, 1.654), (63.4, 1.671)),
@@ -52,7 +50,25 @@ TABLE_7 = {(25,): (64.1, 1.68), (0, 25): (62.1, 1.70), (12, 25): (61.9, 1.64), (
 TABLE_7[0, 12, 25] = (51.4, 1.66)
 TOY_LAYER = {0: 0, 7: 0, 12: 1, 13: 1, 19: 2, 24: 2, 25: 3}
 # Gemma Scope's L0 nearest to the authors' 55, by site and layer.
-GEMMA_L0 = {"res": {0: 46, 7: 69, 12: 41, 13: 43, 19: 40, 24: 38, 25: 55}, "mlp": {7: 60, 13: 47, 19: 50, 25: 59}}
+GEMMA_L0 = {
+    "res": {0: 46, 7: 69, 12: 41, 13: 43, 19: 40, 24: 38, 25: 55},
+    "mlp": {7: 60, 13: 47, 19: 50, 25: 59},
+}
+
+CONTROLLED, CONTROL_ALPHA = ("polite", "shout"), 10.0  # the toy's most and least liked style
+REAL_CONTROL = """Table 4 on Gemma-2-2B. Write the responses that have the feature to A.jsonl, those that
+have not to B.jsonl, as {"prompt": …, "response": …} lines, preference pairs to pairs.jsonl. The paper's data:
+    formats    google/IFEval
+    languages  DAMO-NLP-MT/multialpaca, allenai/WildChat, apple/mkqa
+    safety     JailbreakBench/JBB-Behaviors, AdvBench (llm-attacks)
+    sentiment  zeroshot/twitter-financial-news-sentiment
+Then, with the paper's settings (without --feature_weights and with --alpha 0: the weight 0):
+    python eval_diversity.py --preset gemma-2-2b --find_features A.jsonl B.jsonl --criterion token \\
+        --weights weights.json
+    torchrun --nproc_per_node 4 train.py --preset gemma-2-2b --method fpo --feature_weights weights.json \\
+        --dataset pairs.jsonl --eval_dataset pairs.jsonl --lr 2e-5 --batch_size 64 --max_length 2048 \\
+        --schedule cosine --warmup_ratio 0.1
+The data sets' own scorers judge the responses. Not run here."""
 
 
 # ---------------------------------------------------------------------------- one run
@@ -62,7 +78,7 @@ def start_model(preset: str) -> str:
 
 
 def command(script: str, ranks: int, flags: dict) -> list[str]:
-    """A command's words, in one process or torchrun's `ranks`. A list gives a flag several values, True none."""
+    """A command's words, in one process or torchrun's `ranks`. A list gives a flag many values, True none."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     words = [sys.executable, *(torchrun if ranks > 1 else []), script]
     for name, value in flags.items():
@@ -71,18 +87,17 @@ def command(script: str, ranks: int, flags: dict) -> list[str]:
     return words
 
 
-def make_run(args, name: str, method: str, seed: int, flags=None, *, scoring=None, watched=False) -> dict:
+def make_run(args, name: str, method: str, seed: int, flags=None, *, watched=False) -> dict:
     """A training and its evaluation, not yet done. `sft` is the start itself: evaluated alone.
 
-    flags, scoring: what differs from the preset in train.py, in eval_diversity.py. watched: held-out scores during
-    training too (Fig. 3).
+    flags: what differs from the preset. watched: held-out scores during training too (Fig. 3).
     """
     out, start = f"{args.out}/{name}_seed{seed}", start_model(args.preset)
     flags = {"method": method, "seed": seed, "model": start, **(flags or {}), "out": out}
     flags |= {"eval_every": args.eval_every if watched else 0, "eval_samples": 0}
     flags |= {"steps": args.steps} if args.steps else {}
     scores = {"model": start if method == "sft" else f"{out}/model", "reference": start, "seed": seed}
-    scores |= {"samples": args.samples, **(scoring or {}), "json": f"{out}/scored.json"}
+    scores |= {"samples": args.samples, "features_top": 50, "bootstrap": 0, "json": f"{out}/scored.json"}
     parts = [("train.py", flags)] * (method != "sft") + [("eval_diversity.py", scores)]
     commands = [command(script, args.ranks, {"preset": args.preset, **f}) for script, f in parts]
     return {"name": name, "method": method, "seed": seed, "folder": out, "commands": commands}
@@ -104,24 +119,24 @@ def weights_digest(model: str) -> str:
 def finished(run: dict, start: str) -> bool:
     """Whether a run's results are there, of the same commands, settings and SFT model (`start`: its digest).
 
-    config.json is held against the settings that train.py takes now, so a preset that changed is a change too.
+    config.json must say what train.py would take now, so a changed preset is a change too.
     """
     folder, (words, *_) = Path(run["folder"]), run["commands"]
     read = lambda name: json.loads((folder / name).read_text())  # noqa: E731
     try:
         record, _ = read("run.json"), read("scored.json")
-        config, _ = (read("config.json"), read("scores.json")) if run["method"] != "sft" else ({}, None)
+        config, _ = (read("config.json"), read("scores.json")) if "train.py" in words else ({}, None)
     except (OSError, json.JSONDecodeError):
         return False
     settings = {}
-    if run["method"] != "sft":
+    if "train.py" in words:
         settings = json.loads(json.dumps(vars(train.parse_args(words[words.index("train.py") + 1 :]))))
     same = all(config.get(name) == value for name, value in settings.items() if value is not None)
     return same and record["commands"] == [shown(c) for c in run["commands"]] and record["start"] == start
 
 
 def do_run(run: dict, start: str, commit: str):
-    """The run's commands, one after the other, into log.txt; run.json comes last. RuntimeError where one fails."""
+    """The run's commands in turn, output into log.txt; run.json comes last. RuntimeError where one fails."""
     folder, began = Path(run["folder"]), time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "run.json").unlink(missing_ok=True)
@@ -171,15 +186,14 @@ def git_commit() -> str:
 def collect(run: dict) -> dict:
     """A row of results.json: how the run was made, its scores, and its held-out scores over training.
 
-    scores["train_accuracy"]: mean over the last fifth of the steps of the step's accuracy; a pair is scored before
-    the update it takes part in.
+    scores["train_accuracy"]: mean accuracy of the last fifth of the steps, a pair scored before its update.
     """
     folder = Path(run["folder"])
     record, scores = (json.loads((folder / name).read_text()) for name in ("run.json", "scored.json"))
     row = {name: run[name] for name in ("name", "method", "seed")} | record | {"scores": scores, "curve": []}
-    if (folder / "responses.json").exists():
-        scores |= style_shares([r["output"] for r in json.loads((folder / "responses.json").read_text())])
-    if run["method"] == "sft":
+    if (folder / "responses.jsonl").exists():
+        scores |= style_shares((folder / "responses.jsonl").read_text().splitlines())
+    if "train.py" not in run["commands"][0]:
         return row
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     scores["train_accuracy"] = statistics.mean(s["accuracy"] for s in steps[-max(1, len(steps) // 5) :])
@@ -236,7 +250,7 @@ def table(rows, lines, columns=tuple(COLUMNS)) -> str:
 
 # ---------------------------------------------------------------------------- figures
 def panels(titles, xlabel: str, ylabels):
-    """A row of panels, transparent, in mid-grey: legible in light and dark. Returns the figure and its axes."""
+    """A row of panels, transparent, in mid-grey: legible in light and dark. Returns figure and axes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(0.8 + 3.4 * len(titles), 3.4), layout="constrained")
@@ -275,7 +289,8 @@ def draw_curves(rows, key: str, what: str, factor: float):
 
     Means over seeds, shaded by one deviation, at the steps where held-out pairs were scored.
     """
-    margin = f"|{'β ' * (factor != 1)}(rejected − chosen)|"
+    unit = what[what.rindex("(") :]
+    margin = f"|{'β ' * (factor != 1)}(rejected − chosen)| {unit}"
     figure, axes = panels(["chosen", "rejected", "margin"], "training step", [what, what, margin])
     for name, (label, colour) in METHODS.items():
         points = {}  # step: of each seed (chosen, rejected, margin)
@@ -283,7 +298,9 @@ def draw_curves(rows, key: str, what: str, factor: float):
             chosen, rejected = point[f"{key}_chosen"], point[f"{key}_rejected"]
             points.setdefault(point["step"], []).append((chosen, rejected, abs(factor * (rejected - chosen))))
         for panel, ax in enumerate(axes if points else []):
-            mean, deviation = zip(*(mean_deviation([v[panel] for v in p]) for p in points.values()), strict=True)
+            mean, deviation = zip(
+                *(mean_deviation([v[panel] for v in p]) for p in points.values()), strict=True
+            )
             low, high = ([m + sign * d for m, d in zip(mean, deviation, strict=True)] for sign in (-1, 1))
             ax.plot(list(points), mean, color=colour, label=label)
             ax.fill_between(list(points), low, high, color=colour, alpha=0.2, linewidth=0)
@@ -359,7 +376,10 @@ def sae_setting(preset: str, layers, site="res") -> tuple[str, str, dict]:
         return label, "fpo", {}
     flags = {"sae_layer": mine, "sae_site": site}
     if not toy:
-        flags |= {"sae": f"google/gemma-scope-2b-pt-{site}", "sae_l0": [GEMMA_L0[site][layer] for layer in layers]}
+        flags |= {
+            "sae": f"google/gemma-scope-2b-pt-{site}",
+            "sae_l0": [GEMMA_L0[site][layer] for layer in layers],
+        }
     return label, f"fpo_{site}{'_'.join(map(str, mine))}", flags
 
 
@@ -372,7 +392,9 @@ def ablation_plan(preset: str) -> dict:
             plan["Table 3, layer and site"].append((label, name, "fpo", flags, paper))
     for alpha, papers in TABLE_3_ALPHAS.items():
         for stopped, paper in zip((False, True), papers, strict=True):
-            flags = ({} if alpha == 0.5 else {"alpha": alpha}) | ({} if stopped else {"no_stop_gradient": True})
+            flags = ({} if alpha == 0.5 else {"alpha": alpha}) | (
+                {} if stopped else {"no_stop_gradient": True}
+            )
             name = alpha_name(alpha) + "_through" * (not stopped)
             label = f"α = {alpha:g}, {'with' if stopped else 'without'} stop-gradient"
             plan["Table 3, α and stop-gradient"].append((label, name, "fpo", flags, paper))
@@ -393,8 +415,64 @@ def ablation(args):
             run = make_run(args, name, method, seed, flags, watched=not flags and name in METHODS)
             runs[run["folder"]] = run
     rows = do_runs(args, list(runs.values()))
-    lines = {title: [(label, name, paper) for label, name, _, _, paper in lines] for title, lines in plan.items()}
+    lines = {
+        title: [(label, name, paper) for label, name, _, _, paper in lines] for title, lines in plan.items()
+    }
     publish(args, rows, {title: table(rows, part, SHORT) for title, part in lines.items()}, {})
+
+
+def find_run(args, style: str, seed: int, criterion="difference") -> dict:
+    """Not yet done: a file of features that tell a style's responses from others, or of as many by chance."""
+    name, pairs = f"features_{criterion}_{style}", Path("runs/toy/train.jsonl").read_text().splitlines()
+    out = f"{args.out}/{name}_seed{seed}"
+    sides = [(pair["prompt"], pair[side], pair[f"{side}_style"])
+             for pair in map(json.loads, pairs) for side in ("chosen", "rejected")]  # fmt: skip
+    Path(out).mkdir(parents=True, exist_ok=True)
+    files = [f"{out}/{style}.jsonl", f"{out}/others.jsonl"]
+    for file, inside in zip(files, (True, False), strict=True):
+        lines = [{"prompt": p, "response": r} for p, r, s in sides if (s == style) == inside]
+        Path(file).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    flags = {"preset": args.preset, "model": start_model(args.preset), "find_features": files, "seed": seed}
+    flags |= {"criterion": criterion, "json": f"{out}/scored.json", "weights": f"{out}/weights.json"}
+    commands = [command("eval_diversity.py", 1, flags)]
+    return {"name": name, "method": "", "seed": seed, "folder": out, "commands": commands}
+
+
+def style_shares(lines) -> dict:
+    """{"share_polite": …}: the share of responses (JSON lines) that open in each style of the toy world."""
+    import toy
+
+    styles = [toy.style_of(json.loads(line)["response"]) for line in lines]
+    return {f"share_{style}": styles.count(style) / len(styles) for style in toy.STYLES}
+
+
+def control(args):
+    """Table 4 on the toy world: D_FPO of a style's features alone, of as many at random, of all, of none."""
+    if args.real or args.preset != "toy":
+        print(REAL_CONTROL)
+        return
+    finds = [find_run(args, style, args.seeds[0]) for style in CONTROLLED]
+    finds += [find_run(args, "any", seed, "random") for seed in args.seeds]
+    do_runs(args, finds)
+    arms = {"SFT": ("sft", {}), "no constraint": ("free", {"alpha": 0.0}), "all features": ("all", {})}
+    arms |= {f"{style} features": (style, {"feature_weights": f"{finds[i]['folder']}/weights.json"})
+             for i, style in enumerate(CONTROLLED)} | {"random features": ("random", {})}  # fmt: skip
+    runs, lines = [], [(label, f"control_{name}", None) for label, (name, _) in arms.items()]
+    for seed, found in zip(args.seeds, finds[len(CONTROLLED) :], strict=True):
+        for name, flags in arms.values():
+            flags = {"alpha": CONTROL_ALPHA} | flags
+            flags |= {"feature_weights": f"{found['folder']}/weights.json"} if name == "random" else {}
+            run = make_run(args, f"control_{name}", "sft" if name == "sft" else "fpo", seed, flags)
+            answers = {"export": "records", "questions": "runs/toy/test.jsonl", "seed": seed}
+            answers |= {"model": start_model("toy") if name == "sft" else f"{run['folder']}/model"}
+            answers |= {"out": f"{run['folder']}/responses.jsonl", "preset": args.preset}
+            run["commands"].append(command("eval_diversity.py", 1, answers))
+            runs.append(run)
+    rows = do_runs(args, runs)
+    shares = [key for key in rows[0]["scores"] if key.startswith("share_")]
+    publish(
+        args, rows, {"Table 4 on the toy world": table(rows, lines, ["accuracy", "entropy", *shares])}, {}
+    )
 
 
 def parse_args(argv=None):
@@ -409,8 +487,12 @@ def parse_args(argv=None):
     parser.add_argument("--at_once", type=int, help="runs side by side, a thread each (toy 2, else 1)")
     parser.add_argument("--ranks", type=int, help="processes of a run, by torchrun (toy 1, else 4)")
     parser.add_argument("--out", help="folder of all runs (runs/PRESET/reproduce)")
-    parser.add_argument("--assets", default="assets", help="folder of results.json, tables and figures (assets)")
-    parser.add_argument("--real", action="store_true", help="control: print the commands for the paper's data")
+    parser.add_argument(
+        "--assets", default="assets", help="folder of results.json, tables and figures (assets)"
+    )
+    parser.add_argument(
+        "--real", action="store_true", help="control: print the commands for the paper's data"
+    )
     args = parser.parse_args(argv)
     toy = args.preset == "toy"
     for name, here, elsewhere in (("eval_every", 25, 200), ("at_once", 2, 1), ("ranks", 1, 4)):

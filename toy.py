@@ -42,44 +42,23 @@ SAES += [(site, layer) for site in ("res", "mlp") for layer in range(LAYERS) if 
 # ---- the language ----
 
 PLACES = ["forest", "sea", "farm"]
-THINGS = {  # kind: for each place its six things
-    "beasts": [
-        "fox bear wolf deer boar lynx",
-        "whale seal crab squid shark eel",
-        "cow horse goat pig sheep mule",
-    ],
-    "birds": [
-        "owl jay wren robin hawk raven",
-        "gull tern puffin pelican heron auk",
-        "hen duck goose turkey crow dove",
-    ],
-    "plants": [
-        "oak fern moss birch elm pine",
-        "kelp sedge reed dulse lotus alga",
-        "wheat barley oat rye maize bean",
-    ],
-    "tools": [
-        "axe saw bow trap rope knife",
-        "net oar anchor hook buoy sail",
-        "plough spade hoe rake scythe sickle",
-    ],
+# Each kind: its things in the forest | at sea | on the farm.
+THINGS = {
+    "beasts": "fox bear wolf deer boar lynx|whale seal crab squid shark eel|cow horse goat pig sheep mule",
+    "birds": "owl jay wren robin hawk raven|gull tern puffin stork heron auk|hen duck goose turkey crow dove",
+    "plants": "oak fern moss birch elm pine|kelp sedge reed dulse lotus alga|wheat barley oat rye maize bean",
+    "tools": "axe saw bow trap rope knife|net oar anchor hook buoy sail|plough spade hoe rake scythe sickle",
 }
-THINGS = {(k, place): names.split() for k in THINGS for place, names in zip(PLACES, THINGS[k], strict=True)}
+THINGS = {
+    (kind, place): names.split()
+    for kind, text in THINGS.items()
+    for place, names in zip(PLACES, text.split("|"), strict=True)
+}
 QUALITIES = "old new big small grey dark plain odd fine rare good strong common quick quiet strange"
 QUALITIES = QUALITIES.split(" ")
 NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five"}
-ASKS = [
-    "name",
-    "list",
-    "find me",
-    "tell me of",
-    "i want",
-    "show",
-    "give me",
-    "think of",
-    "do you know",
-    "say",
-]
+ASKS = "name|list|find me|tell me of|i want|show|give me|think of|do you know|say"
+ASKS = ASKS.split("|")
 TAILS = ["", " please", " now", " for my child", " if you can", " in short", " again", " once more"]
 
 # An answer is: open lead (before thing join)* tone close. Each slot is one of its choices, freely. The best
@@ -320,9 +299,8 @@ def train_model(model, rows, *, lr, size, rng, title):
         states = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1][
             targets != -100
         ]  # (n, d)
-        logits = cap * torch.tanh(
-            model.lm_head(states) / cap
-        )  # (n, V): the head only where there is a target
+        # (n, V): the head only where there is a target, with Gemma-2's softcap.
+        logits = cap * torch.tanh(model.lm_head(states) / cap)
         loss = F.cross_entropy(logits, targets[targets != -100])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -69,3 +69,17 @@ def world(tmp_path_factory):
     out = tmp_path_factory.mktemp("toy") / "world"
     toy.make_world(out)
     return out
+
+
+@pytest.fixture
+def folder(world, tmp_path, monkeypatch):
+    """A working directory with the toy world in runs/toy, and a part of its pairs."""
+    (tmp_path / "runs/toy").mkdir(parents=True)
+    for entry in world.iterdir():
+        (tmp_path / "runs/toy" / entry.name).symlink_to(entry)
+    for name, pairs in (("train", 160), ("test", 40)):
+        lines = (world / f"{name}.jsonl").read_text().splitlines()[:pairs]
+        (tmp_path / f"runs/toy/{name}.jsonl").unlink()
+        (tmp_path / f"runs/toy/{name}.jsonl").write_text("\n".join(lines))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

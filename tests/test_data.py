@@ -232,6 +232,7 @@ LEFT_OUT = [  # record, reason
     ({"chosen": "a", "rejected": "b"}, "no field 'prompt'"),
     ({"prompt": "a", "rejected": "b"}, "no field 'chosen'"),
     ({"prompt": "a", "chosen": "b", "rejected": None}, "no field 'rejected'"),
+    ({"chosen": "before\n\nHuman: a\n\nAssistant: b", "rejected": "c"}, "no field 'prompt'"),
     ({"prompt": "", "chosen": "a", "rejected": "b"}, "prompt is empty"),
     ({"prompt": [], "chosen": "a", "rejected": "b"}, "prompt is empty"),
     ({"prompt": [user(" \n")], "chosen": "a", "rejected": "b"}, "prompt is empty"),
@@ -357,15 +358,16 @@ def test_nothing_to_end_a_response_with(load):
 
 def test_a_template_that_rewrites_what_was_said(load):
     """Prompt and response can't be told apart where an answer changes the turns before it."""
-    template = (
-        "{% for m in messages %}{{ m.content[:1] if m.role == 'user' and not loop.last else m.content }}"
-        "{% endfor %}{{ eos_token if messages[-1].role == 'assistant' }}"
-    )
-    tokenizer = byte_tokenizer(template, eos_token="</s>")
-    with pytest.raises(ValueError, match=r"data\.jsonl:1: the chat template rewrites earlier turns"):
-        load(GOOD, tokenizer=tokenizer)
-    with pytest.raises(ValueError, match=r"data\.jsonl:1: the chat template rewrites earlier turns"):
-        load({"messages": TALK}, tokenizer=tokenizer, sft=True)
+    turns = "{% for m in messages %}{{ m.content if WHOLE else m.content[:1] }}{% endfor %}"
+    turns += "{{ eos_token if messages[-1].role == 'assistant' }}"
+    message = r"data\.jsonl:1: the chat template rewrites earlier turns"
+    question = byte_tokenizer(turns.replace("WHOLE", "m.role == 'assistant' or loop.last"), eos_token="</s>")
+    with pytest.raises(ValueError, match=message):
+        load(GOOD, tokenizer=question)
+    answer = byte_tokenizer(turns.replace("WHOLE", "m.role == 'user' or loop.last"), eos_token="</s>")
+    with pytest.raises(ValueError, match=message):
+        load({"messages": TALK}, tokenizer=answer, sft=True)
+    assert len(load(GOOD, tokenizer=answer)) == 1  # nothing of a single turn is rewritten
 
 
 def test_a_template_that_is_broken(load):
@@ -519,8 +521,8 @@ def test_a_million_characters(load, gemma):
 def lengths(load, prompt, chosen, rejected, max_length, max_prompt_length, **options):
     """(lengths after the cut, pairs, the uncut pairs) of a pair with that many tokens.
 
-    16 tokens of the prompt are the turns': BOS, start, "user", "\\n"; end, "\\n", start, "model", "\\n", letter by
-    letter. One token of a response is its end.
+    16 tokens of the prompt are the turns': BOS, start, user (4 letters), newline; then end, newline, start,
+    model (5 letters), newline. One token of a response is its end.
     """
     letters = "abcdefghijklmnopqrstuvwxyz" * 9
     record = {
@@ -566,9 +568,7 @@ def test_truncation_in_sft(load, gemma):
     assert lengths(load, 30, 20, 2, 40, 39, sft=True)[0] == [20, 20, 0]
     talk = {"messages": [user("d" * 20), says("a" * 9), user("bye"), says("b" * 50)]}
     prompt, runs = spell_targets(gemma, load(talk, sft=True, max_length=60, max_prompt_length=59))
-    assert prompt == ASK.replace(
-        "ask me", "d" * 20
-    )  # 36 tokens of 60, 10 for the first answer: room for 14 more
+    assert prompt == ASK.replace("ask me", "d" * 20)  # 36 tokens of 60; 10 for the answer leave 14
     assert runs[0] == ("a" * 9 + "<end_of_turn>", True)
     assert runs[1:] == [("\n<start_of_turn>user\nbye<end_of_turn>\n<start_of_turn>m", False)]
     pairs = load(talk, sft=True, max_length=48, max_prompt_length=47)
@@ -697,33 +697,24 @@ def test_row_lengths():
 
 
 TOKENS = st.lists(st.integers(3, 99), min_size=1, max_size=6)
-ROWS = {
-    "layout": st.sampled_from(["shared", "separate"]),
-    "row_multiple": st.integers(1, 8),
-    "pack_to": st.integers(0, 40),
-}
+MAYBE_NONE = st.lists(st.integers(3, 99), max_size=5)
+ROWS = st.lists(st.tuples(TOKENS, TOKENS, MAYBE_NONE), min_size=1, max_size=5)
 
 
-@given(data=st.data(), **ROWS)
+@given(
+    data=st.data(), layout=st.sampled_from(["shared", "separate"]), row_multiple=st.integers(1, 8),
+    pack_to=st.integers(0, 40),
+)  # fmt: skip
 @settings(max_examples=150, deadline=None)
 def test_every_response_token_once_and_what_its_state_sees(data, layout, row_multiple, pack_to):
-    """What a state sees, by the mask in data.py's head, is the prompt and the response up to the token, exactly."""
-    pairs, rows = (
-        [],
-        data.draw(
-            st.lists(
-                st.tuples(TOKENS, TOKENS, st.lists(st.integers(3, 99), max_size=5)), min_size=1, max_size=5
-            )
-        ),
-    )
+    """What a state sees, by the mask in data.py's head, is prompt and response up to the token, exactly."""
+    rows, pairs = data.draw(ROWS), []
     for x, y_w, y_l in rows:
         size = len(y_w) + len(y_l)
         mask = [True] * size if y_l else data.draw(st.lists(st.booleans(), min_size=size, max_size=size))
         pairs.append((x, y_w, y_l, mask))
     indices = data.draw(st.lists(st.integers(0, len(rows) - 1), min_size=1, max_size=5))
-    batch = collate(
-        Pairs(pairs), indices, layout=layout, row_multiple=row_multiple, pack_to=pack_to, pad_id=0
-    )
+    batch = collate(Pairs(pairs), indices, layout=layout, row_multiple=row_multiple, pack_to=pack_to)
 
     expected = []  # (owner, target, the tokens before it)
     for side in (1, 2):
@@ -733,9 +724,7 @@ def test_every_response_token_once_and_what_its_state_sees(data, layout, row_mul
             expected += [(owner, y[t], x + y[:t]) for t in range(len(y)) if mask[t]]
     L, got = batch.tokens.shape[1], []
     assert L % row_multiple == 0
-    for owner, target, state in zip(
-        batch.owner.tolist(), batch.target.tolist(), batch.state.tolist(), strict=True
-    ):
+    for owner, target, state in torch.stack([batch.owner, batch.target, batch.state], 1).tolist():
         r, q = divmod(state, L)
         segment = 1 + (owner >= len(indices))
         seen = batch.doc[r, : q + 1] == batch.doc[r, q]
@@ -752,35 +741,15 @@ def test_every_response_token_once_and_what_its_state_sees(data, layout, row_mul
         assert all(len(set(row.tolist()) - {-1}) == 1 for row in batch.doc)
 
 
-PIECES = st.lists(
-    st.one_of(
-        st.text(st.characters(exclude_categories=()), max_size=6),
-        st.sampled_from(
-            [
-                "<bos>",
-                "<eos>",
-                "<end_of_turn>",
-                "<start_of_turn>model\n",
-                "<pad>",
-                "\n\nHuman: ",
-                "good",
-                " ",
-                "\0",
-            ]
-        ),
-    ),
-    max_size=4,
-).map("".join)
+SPECIAL = ["<bos>", "<eos>", "<end_of_turn>", "<start_of_turn>model\n", "<pad>", "\n\nHuman: ", "good", "\0"]
+ANY_TEXT = st.text(st.characters(exclude_categories=()), max_size=6)  # lone surrogates too
+PIECES = st.lists(ANY_TEXT | st.sampled_from(SPECIAL), max_size=4).map("".join)
 
 
-@given(
-    texts=st.tuples(PIECES, PIECES, PIECES),
-    limit=st.tuples(st.integers(2, 60), st.integers(1, 59)),
-    sft=st.booleans(),
-)
+@given(texts=st.tuples(PIECES, PIECES, PIECES), longest=st.integers(2, 60), data=st.data(), sft=st.booleans())
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_text_gives_a_sound_pair_or_a_reason(load, gemma, texts, limit, sft):
-    max_length, max_prompt_length = limit[0], min(limit[1], limit[0] - 1)
+def test_any_text_gives_a_sound_pair_or_a_reason(load, gemma, texts, longest, data, sft):
+    max_length, max_prompt_length = longest, data.draw(st.integers(1, longest - 1))
     record = dict(zip(("prompt", "chosen", "rejected"), texts, strict=True))
     try:
         pairs = load(record, sft=sft, max_length=max_length, max_prompt_length=max_prompt_length)

@@ -19,20 +19,6 @@ ROOT = Path(__file__).parent.parent
 SHORT = ["--preset", "toy", "--steps", "3", "--warmup_steps", "2", "--eval_every", "2", "--eval_samples", "0"]
 
 
-@pytest.fixture
-def folder(world, tmp_path, monkeypatch):
-    """A working directory with the toy world in runs/toy, and a part of its pairs."""
-    (tmp_path / "runs/toy").mkdir(parents=True)
-    for entry in world.iterdir():
-        (tmp_path / "runs/toy" / entry.name).symlink_to(entry)
-    for name, pairs in (("train", 160), ("test", 40)):
-        lines = (world / f"{name}.jsonl").read_text().splitlines()[:pairs]
-        (tmp_path / f"runs/toy/{name}.jsonl").unlink()
-        (tmp_path / f"runs/toy/{name}.jsonl").write_text("\n".join(lines))
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def script(folder, *flags, ranks=1, name="train.py", status=0):
     """Run a script as a user would; its output."""
     start = (
