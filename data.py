@@ -359,7 +359,7 @@ def _pieces(renderer, record, sft):
 def _cut(prompt, chosen, rejected, longest, head, limits, notes):
     """(prompt, chosen, rejected) cut as `load_pairs` says, with room for a response of `longest` tokens."""
     max_length, max_prompt_length = limits
-    keep = min(max_prompt_length, max(max_length - longest, min(LEAST_PROMPT, max_length - 1)))
+    keep = min(max_prompt_length, max(max_length - longest, LEAST_PROMPT))
     if len(prompt) > keep:
         head = head[: keep - 1]  # BOS stays
         prompt = head + prompt[len(prompt) - keep + len(head) :]

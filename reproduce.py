@@ -269,8 +269,8 @@ def panels(titles, xlabel: str, ylabels):
 
 def legend(figure, ax):
     """The methods, once, under the panels."""
-    lines = ax.get_legend_handles_labels()
-    figure.legend(*lines, loc="outside lower center", ncols=6, frameon=False, labelcolor=GREY)
+    lines, columns = ax.get_legend_handles_labels(), 3 * len(figure.axes)
+    figure.legend(*lines, loc="outside lower center", ncols=columns, frameon=False, labelcolor=GREY)
 
 
 def draw_accuracy_entropy(rows):
@@ -278,9 +278,8 @@ def draw_accuracy_entropy(rows):
     figure, (ax,) = panels([""], "entropy of sampled tokens (nats)", ["accuracy, held out (%)"])
     for name, (label, colour) in METHODS.items():
         (x, dx), (y, dy) = (mean_deviation(values_of(rows, name, key)) for key in ("entropy", "accuracy"))
-        ax.errorbar(x, 100 * y, 100 * dy, dx, fmt="o", color=colour)
-        ax.annotate(label, (x, 100 * y), (6, 6), textcoords="offset points", color=colour)
-    ax.margins(0.2)
+        ax.errorbar(x, 100 * y, 100 * dy, dx, fmt="o", color=colour, label=label)
+    legend(figure, ax)
     return figure
 
 
@@ -304,7 +303,8 @@ def draw_curves(rows, key: str, what: str, factor: float):
             low, high = ([m + sign * d for m, d in zip(mean, deviation, strict=True)] for sign in (-1, 1))
             ax.plot(list(points), mean, color=colour, label=label)
             ax.fill_between(list(points), low, high, color=colour, alpha=0.2, linewidth=0)
-            ax.set_ylim(bottom=0)
+    for ax in axes:
+        ax.set_ylim(bottom=0)
     legend(figure, axes[0])
     return figure
 
@@ -322,9 +322,9 @@ def draw_alpha(rows):
 def draw_activations(rows):
     """Fig. 2 left: the 50 largest pooled activations by rank, mean over responses, of the first seed."""
     figure, (ax,) = panels([""], "rank of the feature", ["mean activation"])
-    for row in {row["name"]: row for row in reversed(rows) if row["name"] in METHODS}.values():
-        heights, (label, colour) = row["scores"].get("activations_policy", []), METHODS[row["name"]]
-        ax.plot(range(1, len(heights) + 1), heights, color=colour, label=label)
+    for name, (label, colour) in METHODS.items():
+        for heights in values_of(rows, name, "activations_policy")[:1]:
+            ax.plot(range(1, len(heights) + 1), heights, color=colour, label=label)
     legend(figure, ax)
     return figure
 
@@ -452,7 +452,7 @@ def control(args):
         print(REAL_CONTROL)
         return
     finds = [find_run(args, style, args.seeds[0]) for style in CONTROLLED]
-    finds += [find_run(args, "any", seed, "random") for seed in args.seeds]
+    finds += [find_run(args, CONTROLLED[0], seed, "random") for seed in args.seeds]
     do_runs(args, finds)
     arms = {"SFT": ("sft", {}), "no constraint": ("free", {"alpha": 0.0}), "all features": ("all", {})}
     arms |= {f"{style} features": (style, {"feature_weights": f"{finds[i]['folder']}/weights.json"})

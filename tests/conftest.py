@@ -20,8 +20,8 @@ def make_lm(seed=0, **changes):
     torch.manual_seed(seed)
     config = Gemma2Config(
         vocab_size=V, hidden_size=D, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=8, sliding_window=9, attn_implementation="eager",
-        **changes,
+        num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=8, sliding_window=9,
+        attn_implementation="eager", **changes,
     )  # fmt: skip
     lm = Gemma2ForCausalLM(config)
     with torch.no_grad():  # wider than the default: softcaps bite, distributions differ

@@ -1,4 +1,4 @@
-"""The path that trains is the maths that is written: Policy, masks, head, pooling and cache against plain forms."""
+"""The path that trains is the maths that is written: Policy, masks, head, pooling, cache, in plain form."""
 
 import copy
 import json
@@ -31,7 +31,7 @@ def saes():
 
 
 def plain(lm, reference, saes, pairs):
-    """One unpadded response at a time: transformers' own logits, the block's own output, losses.py's functions."""
+    """One unpadded response at a time: transformers' logits, the block's own output, losses.py."""
     rows = []
     for side in (1, 2):
         for i in range(len(pairs)):
@@ -129,7 +129,7 @@ def test_loss_and_gradient_are_those_of_plain_logits(lm, reference, saes, method
 
 
 def test_step_zero_is_the_reference(reference, saes, tmp_path):
-    """An untrained policy: rewards, KL and D_FPO 0, the loss ln 2 for DPO, TDPO and FPO; from the cache too."""
+    """An untrained policy: rewards, KL and D_FPO 0, the loss ln 2 for DPO, TDPO, FPO; from the cache too."""
     pairs = make_pairs(8)
     policy = policy_of(reference, saes, reference)
     cache = build(policy_of(reference, saes), pairs, tmp_path)
@@ -191,7 +191,7 @@ def test_boolean_mask_is_not_what_eager_takes(lm):
 
 
 def test_positions_without_mask_are_not_enough(lm):
-    """Why a mask is passed at all: from the jump of positions transformers takes the rejected one for a new document."""
+    """Why a mask is passed at all: transformers takes the jump of positions for a new document."""
     batch = collate(make_pairs(4), range(4), layout="shared")
     mask = fpo.attention_mask(batch, lm.config, torch.float32)
     out = [
@@ -229,7 +229,7 @@ def test_flex_mask_is_the_eager_mask(lm):
 @pytest.mark.parametrize("softcap", [None, 4.0])
 @pytest.mark.parametrize("chunk", [7, 97, 1000])
 def test_head_against_plain_logits(softcap, chunk):
-    """Values and gradients of log-probability, KL and entropy, float64, against log_softmax over all of it."""
+    """Values and gradients of log-probability, KL and entropy, float64, against plain log_softmax."""
     torch.manual_seed(0)
     h, W = torch.randn(11, 6, dtype=torch.float64), torch.randn(V, 6, dtype=torch.float64)
     h_ref, W_ref = h + 0.1 * torch.randn_like(h), W + 0.1 * torch.randn_like(W)
@@ -257,7 +257,10 @@ def test_head_gradcheck():
         torch.randn(9, 4, dtype=torch.float64, requires_grad=True),
     )
     h_ref, W_ref, target = torch.randn(3, 4).double(), torch.randn(9, 4).double(), torch.tensor([0, 8, 4])
-    apply = lambda h, W: fpo._TokenStatistics.apply(h, W, target, 3.0, h_ref, W_ref, 4, False)[:2]  # noqa: E731
+
+    def apply(h, W):
+        return fpo._TokenStatistics.apply(h, W, target, 3.0, h_ref, W_ref, 4, False)[:2]
+
     assert torch.autograd.gradcheck(apply, (h, W))
 
 
@@ -331,11 +334,14 @@ def test_cache_top_keeps_the_largest(reference, saes, tmp_path):
 
 
 def test_cache_identity(reference, saes, tmp_path):
-    """One token, weight, threshold, the dtype or the layout changed: another cache. Nothing else: the same."""
+    """One token, weight, threshold, the dtype or the layout changed: another cache. Else: the same."""
     pairs = make_pairs(6)
     policy = policy_of(reference, saes)
     home = build(policy, pairs, tmp_path).folder
-    found = lambda policy, pairs, **o: fpo.find_reference(tmp_path, identity_of(policy, pairs, **o))  # noqa: E731
+
+    def found(policy, pairs, **options):
+        return fpo.find_reference(tmp_path, identity_of(policy, pairs, **options))
+
     assert found(policy_of(reference, saes), make_pairs(6)) == home
 
     token = make_pairs(6)
@@ -356,7 +362,7 @@ def test_cache_identity(reference, saes, tmp_path):
 
 
 def test_cache_goes_on_after_an_interruption(reference, saes, tmp_path, monkeypatch):
-    """Killed in the third shard: the first two are kept as they are, the rest is made, the values are whole."""
+    """Killed in the third shard: the first two are kept as they are, the rest is made."""
     monkeypatch.setattr(fpo, "SHARD", 3)
     pairs = make_pairs(11)
     policy = policy_of(reference, saes)
@@ -410,7 +416,7 @@ def test_models_that_do_not_fit(reference, saes):
 
 
 def test_other_decoders(saes):
-    """Llama and Qwen2 (one mask for all layers; no softcap): log-probabilities as transformers' own loss has them."""
+    """Llama and Qwen2 (one mask for all layers, no softcap): log-probabilities of plain logits."""
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
     shape = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,

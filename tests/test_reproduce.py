@@ -194,8 +194,9 @@ def test_points_of_methods_and_alphas(rows):
     assert (
         ax.get_xlabel() == "entropy of sampled tokens (nats)" and ax.get_ylabel() == "accuracy, held out (%)"
     )
-    assert [text.get_text() for text in ax.texts] == ["SFT", "DPO", "TDPO-1", "TDPO-2", "SimPO", "FPO"]
-    assert ax.texts[0].xy == pytest.approx((1.5, 70.0))
+    points, labels = ax.get_legend_handles_labels()
+    assert labels == ["SFT", "DPO", "TDPO-1", "TDPO-2", "SimPO", "FPO"]
+    assert [float(v[0]) for v in points[0].lines[0].get_data()] == pytest.approx([1.5, 70.0])
     kl, entropy = reproduce.draw_alpha(rows).axes
     assert kl.get_ylabel() == "KL rejected (nats)" and kl.get_xlabel() == entropy.get_xlabel() == "α"
     assert list(kl.lines[0].get_ydata()) == [50, 49.9, 49.5, 49, 48, 40, 0]

@@ -69,7 +69,7 @@ def test_two_ranks_do_what_one_does(folder):
 
 
 def test_every_method_starts_where_it_should_and_learns(folder, capsys):
-    """Loss ln 2 at step 0 but for SFT and SimPO; the loss of the same pairs falls; one cache serves DPO and FPO."""
+    """Loss ln 2 at step 0 but for SFT and SimPO; the loss of the same pairs falls."""
     for method in fpo.METHODS:
         lr = "1e-3" if method == "sft" else "3e-3"
         # The same 32 pairs again and again.
