@@ -54,11 +54,18 @@ class Unusable(ValueError):
 
 
 # ---------------------------------------------------------------------------- records
+def split_revision(name: str) -> tuple[str, str | None]:
+    """(NAME, REVISION) of a hub name that may pin one, NAME@REVISION; a path that exists is taken as it is."""
+    if os.path.exists(name) or "@" not in name:
+        return name, None
+    return tuple(name.rsplit("@", 1))
+
+
 def read_records(source: str, split: str = "train"):
     """(where, record) of each record of a data set: a dict, and "file:line" or "name[i]" for messages.
 
     Args:
-        source: a .jsonl, .json, .parquet or .arrow file, a local folder, or a hub id; or NAME:SPLIT.
+        source: a .jsonl, .json, .parquet or .arrow file, a local folder, or a hub id; NAME@REVISION:SPLIT.
         split: the split where `source` names none.
     Raises:
         ValueError: no such file, data set or split, or a line that is no JSON object.
@@ -66,6 +73,7 @@ def read_records(source: str, split: str = "train"):
     name = source
     if not os.path.exists(source) and ":" in source:
         name, split = source.split(":", 1)
+    name, revision = split_revision(name)
     reader = FORMATS.get(os.path.splitext(name)[1])
     if os.path.isfile(name):
         if reader is None:
@@ -78,7 +86,8 @@ def read_records(source: str, split: str = "train"):
     import datasets  # slow to import, and JSONL needs none of it
 
     try:
-        table = datasets.load_dataset(reader or name, data_files=name if reader else None, split=split)
+        files = name if reader else None
+        table = datasets.load_dataset(reader or name, data_files=files, split=split, revision=revision)
     except Exception as error:  # the library raises many kinds; the cause tells more
         reason = str(error.__cause__ or error) or type(error).__name__
         raise ValueError(f"data set {name!r}, split {split!r}: {reason.splitlines()[0]}") from None
@@ -441,12 +450,11 @@ def collate(
         here = grid[:, r, start : start + document.shape[1]]
         here[:5], here[5] = document, n
         here[4] += r * L + start  # from the document's places to those of all rows
-    tokens, positions, segment, owner, state, doc = grid
-    owner, state = owner.flatten(), state.flatten()
+    token, _, _, owner, state, _ = grid.flatten(1)
     at = (owner >= 0).nonzero().squeeze(1)
     at = at[owner[at].argsort(stable=True)]  # the response tokens, by owner
     return Batch(
-        tokens, positions, segment, doc, state=state[at], target=tokens.flatten()[at], owner=owner[at],
+        *grid[:3], doc=grid[5], state=state[at], target=token[at], owner=owner[at],
         lengths=owner[at].bincount(minlength=2 * B), index=torch.tensor(indices),
         weight=torch.full((B,), 0.0 if padding_pair else 1.0),
     )  # fmt: skip

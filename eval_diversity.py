@@ -157,9 +157,9 @@ def summary(groups, *, bootstrap=0, seed=0) -> dict:
 class _Sampler(LogitsProcessor):
     """Temperature, nucleus and Gumbel noise: the largest logit that is left is an exact sample.
 
-    Greedy decoding then draws it. A row's noise is of its own generator: its draws don't depend on other rows.
-    The nucleus is the smallest set of tokens whose probability, at this temperature, reaches p
-    (Holtzman et al. 2020). Noted at each step (rows,), at temperature 1 and uncut: the entropy of the
+    Greedy decoding then draws it. A row's noise is of its own generator: other rows don't change its draws.
+    The nucleus is the smallest set of tokens whose probability, at this temperature, reaches p (Holtzman et al.
+    2020). Noted at each step (rows,), at temperature 1 and uncut: the entropy of the
     distribution, and the log-probability of the token drawn.
     """
 

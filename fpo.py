@@ -498,11 +498,8 @@ def build_reference(
     shards = [folder / f"shard_{s:05d}.safetensors" for s in range(-(-len(pairs) // SHARD))]
     missing = [s for s, path in enumerate(shards) if not _whole(path)]
     barrier()  # every rank has seen the same
-    lengths, groups, ends = pairs.row_lengths(rows["layout"]), [], {}
-    for shard in missing[rank::world]:
-        members = range(shard * SHARD, min(len(pairs), (shard + 1) * SHARD))
-        groups += micro_batches(members, lengths, 1, max_pairs=max_pairs, max_tokens=max_tokens)
-        ends[len(groups) - 1] = shard
+    budget = {"max_pairs": max_pairs, "max_tokens": max_tokens}
+    groups, ends = _shard_batches(pairs, missing[rank::world], rows["layout"], budget)
     groups = lockstep(groups, device)
     policy.eval()
     parts = []
@@ -520,6 +517,16 @@ def build_reference(
     if lock:
         lock.close()
     return ReferenceCache(folder, identity["saes"])
+
+
+def _shard_batches(pairs, shards, layout, budget):
+    """Micro-batches of some shards, one shard's after the other's; and which of them ends which shard."""
+    lengths, groups, ends = pairs.row_lengths(layout), [], {}
+    for shard in shards:
+        members = range(shard * SHARD, min(len(pairs), (shard + 1) * SHARD))
+        groups += micro_batches(members, lengths, 1, **budget)
+        ends[len(groups) - 1] = shard
+    return groups, ends
 
 
 def _sparse(index, statistics, top):
@@ -692,42 +699,42 @@ def method_loss(
     """
     w, l = policy.logps.chunk(2)
     n_w, n_l = policy.lengths.chunk(2)
-    values = {}
-    if policy.kl is not None:
-        values["kl_chosen"], values["kl_rejected"] = policy.kl.chunk(2)
-    if reference is not None:
-        ref_w, ref_l = reference.logps.chunk(2)
-        if policy.features and reference.features:
-            mse = layer_mse(policy.features, reference.features, k=k, feature_weights=feature_weights)
-            values["mse_chosen"], values["mse_rejected"] = mse.chunk(2)
+    values = _distances(policy, reference, k, feature_weights)
+    kls = (values["kl_chosen"], values["kl_rejected"]) if method in NEEDED else None
+    four = (w, l, *reference.logps.chunk(2)) if reference is not None else None
 
     if method == "sft":
         return losses.sft_loss(w, n_w), values
     if method == "simpo":
         loss = losses.simpo_loss(w, l, n_w, n_l, beta=beta, gamma=gamma)
     elif method == "simpo_kl":
-        loss = losses.simpo_kl_loss(
-            w, l, n_w, n_l, values["kl_chosen"], values["kl_rejected"], beta=beta, gamma=gamma, alpha=alpha
-        )
+        loss = losses.simpo_kl_loss(w, l, n_w, n_l, *kls, beta=beta, gamma=gamma, alpha=alpha)
     elif method == "dpo":
-        loss = losses.dpo_loss(w, l, ref_w, ref_l, beta=beta)
+        loss = losses.dpo_loss(*four, beta=beta)
     elif method == "tdpo1":
-        loss = losses.tdpo1_loss(w, l, ref_w, ref_l, values["kl_chosen"], values["kl_rejected"], beta=beta)
+        loss = losses.tdpo1_loss(*four, *kls, beta=beta)
     elif method == "tdpo2":
-        loss = losses.tdpo2_loss(
-            w, l, ref_w, ref_l, values["kl_chosen"], values["kl_rejected"], beta=beta, alpha=alpha
-        )
+        loss = losses.tdpo2_loss(*four, *kls, beta=beta, alpha=alpha)
     elif method == "fpo":
-        loss = losses.fpo_loss(
-            w, l, ref_w, ref_l, n_w, n_l, values["mse_chosen"], values["mse_rejected"],
-            beta=beta, alpha=alpha, stop_gradient=stop_gradient,
-        )  # fmt: skip
+        mses = (values["mse_chosen"], values["mse_rejected"])
+        loss = losses.fpo_loss(*four, n_w, n_l, *mses, beta=beta, alpha=alpha, stop_gradient=stop_gradient)
     else:
         raise ValueError(f"method {method!r}: one of {', '.join(METHODS)}")
     values["reward_chosen"], values["reward_rejected"] = rewards(method, policy, reference, beta=beta).chunk(
         2
     )
     return loss, values
+
+
+def _distances(policy, reference, k, feature_weights):
+    """{name: (B,)} of how far the policy is from the reference: KL and D_FPO of chosen and rejected."""
+    values = {}
+    if policy.kl is not None:
+        values["kl_chosen"], values["kl_rejected"] = policy.kl.chunk(2)
+    if reference is not None and policy.features and reference.features:
+        mse = layer_mse(policy.features, reference.features, k=k, feature_weights=feature_weights)
+        values["mse_chosen"], values["mse_rejected"] = mse.chunk(2)
+    return values
 
 
 def layer_mse(policy_features, reference_features, *, k, feature_weights=None):

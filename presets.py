@@ -17,6 +17,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNot
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from data import split_revision
 from sae import load_sae
 
 ULTRAFEEDBACK, ULTRACHAT = "HuggingFaceH4/ultrafeedback_binarized", "HuggingFaceH4/ultrachat_200k"
@@ -149,14 +150,16 @@ def hub_errors(what: str, name: str):
         raise ValueError(f"{what} {name!r} can't be loaded: {todo}") from None
 
 
-def load_tokenizer(name: str, revision=None):
-    """The tokenizer of a Hugging Face directory or repo."""
+def load_tokenizer(name: str):
+    """The tokenizer of a Hugging Face directory or repo, NAME or NAME@REVISION."""
+    name, revision = split_revision(name)
     with hub_errors("tokenizer of", name):
         return AutoTokenizer.from_pretrained(name, revision=revision)
 
 
-def load_lm(name: str, device, *, dtype=torch.float32, revision=None):
-    """A causal LM on the device; attention eager on CPU, flex_attention on CUDA (sdpa has no softcap)."""
+def load_lm(name: str, device, *, dtype=torch.float32):
+    """A causal LM, NAME or NAME@REVISION; attention eager on CPU, flex on CUDA (sdpa has no softcap)."""
+    name, revision = split_revision(name)
     if not os.path.isdir(name) and (name.startswith((".", "/", "runs/")) or name.count("/") != 1):
         raise ValueError(f"model {name!r}: no such directory (and a hub name is OWNER/NAME)")
     attention = "flex_attention" if torch.device(device).type == "cuda" else "eager"
@@ -170,7 +173,9 @@ def load_lm(name: str, device, *, dtype=torch.float32, revision=None):
 def load_saes(args, device):
     """The SAEs of `--sae_layer …`, on the device, and where each reads: (layer, site)."""
     options = {"width": args.sae_width, "site": args.sae_site, "average_l0": args.sae_l0}
-    saes = [load_sae(args.sae, layer=layer, **options).to(device) for layer in args.sae_layer]
+    source, revision = split_revision(args.sae)
+    options |= {"revision": revision}
+    saes = [load_sae(source, layer=layer, **options).to(device) for layer in args.sae_layer]
     return saes, [(layer, args.sae_site) for layer in args.sae_layer]
 
 
@@ -245,35 +250,74 @@ def rows_of(args, tokenizer, pairs, device) -> dict:
 
 
 def shared_flags(parser: argparse.ArgumentParser):
-    """The flags that training and evaluation have in common."""
-    what = parser.add_argument_group("what to run on (None: the preset's)")
-    what.add_argument(
-        "--preset", default="gemma-2-2b", choices=PRESETS, help="fills in all that is not given"
-    )
-    what.add_argument("--model", help="Hugging Face directory or repo to start from")
-    what.add_argument("--reference", help="the frozen reference π_ref")
-    what.add_argument("--dataset", help="JSONL file, or hub data set as NAME:SPLIT")
-    what.add_argument("--max_length", type=int, help="tokens of prompt and response (authors' code: 1024)")
-    what.add_argument(
-        "--max_prompt_length", type=int, help="tokens of the prompt; its beginning is cut (512)"
-    )
+    """Flags that training and evaluation have in common. A hub name may pin a revision: NAME@REVISION."""
     layouts = ("auto", "shared", "separate")
-    what.add_argument(
-        "--layout", default="auto", choices=layouts, help="the prompt computed once or twice a pair"
+    add = parser.add_argument_group("what to run on (default: the preset's)").add_argument
+    add("--preset", default="gemma-2-2b", choices=PRESETS, help="fills in all that is not given")
+    add("--model", help="Hugging Face directory or repo to start from")
+    add("--reference", help="the frozen reference π_ref (training: the model that it starts from)")
+    add("--dataset", help="JSONL, parquet or arrow file, or hub data set as NAME:SPLIT")
+    add("--max_length", type=int, help="tokens of prompt and response (authors' code: 1024)")
+    add("--max_prompt_length", type=int, help="tokens of the prompt; its beginning is cut (512)")
+    add("--layout", default="auto", choices=layouts, help="the prompt computed once or twice a pair")
+    add("--pack_to", type=int, default=0, help="fill rows with further pairs to so many tokens (CUDA)")
+    add = parser.add_argument_group("sparse autoencoder").add_argument
+    add("--sae", help="Gemma Scope repo, directory of its layout, or file")
+    add("--sae_layer", type=int, nargs="+", help="0-based; of several D_FPO is averaged (Table 7)")
+    add("--sae_width", help="16k in Table 5")
+    add("--sae_site", choices=("res", "mlp", "att"), help="residual, as in Table 5, or MLP (Table 3)")
+    add("--sae_l0", type=float, help="average L0; none: the nearest to 100 (2b: 55, the authors')")
+    add("--k", type=int, default=50, help="of Eq. 10 (authors' code: 50)")
+
+
+def training_flags(parser: argparse.ArgumentParser):
+    """Flags of the loss and of the optimisation."""
+    add = parser.add_argument_group("data and files").add_argument
+    add("--eval_dataset", help="held-out pairs")
+    add("--cache_dir", help="Phase 1's reference (runs/PRESET/reference)")
+    add("--cache_top", type=int, default=0, help="features kept of a response, at least 4 k; 0: all, exact")
+    add("--out", help="folder of this run (runs/PRESET/METHOD)")
+    add = parser.add_argument_group("loss (Table 5, by method)").add_argument
+    add("--beta", type=float, help="β (0.1; SimPO 2)")
+    add("--alpha", type=float, help="α of δ_TDPO2 and δ_FPO (0.5)")
+    add("--gamma", type=float, help="γ of SimPO (0.5)")
+    add("--no_stop_gradient", action="store_true", help="let δ_FPO's chosen term learn (Table 3)")
+    add("--feature_weights", help="JSON of weights in D_FPO (eval_diversity.py --find_features makes one)")
+    add = parser.add_argument_group("optimisation (Table 5)").add_argument
+    add("--optimizer", choices=("adam", "rmsprop"), help="2B: adam, 9B: rmsprop")
+    add("--lr", type=float, help="learning rate (5e-7; toy: its own)")
+    add("--schedule", choices=("constant", "cosine"), help="after warm-up (constant; Table 4: cosine)")
+    add("--warmup_steps", type=int, help="linear (150; toy: its own)")
+    add("--warmup_ratio", type=float, help="warm-up as a share of all steps, instead (Table 4: 0.1)")
+    add("--max_grad_norm", type=float, help="gradient clip (authors' code: 1.0); 0: none")
+    add("--batch_size", type=int, help="pairs to a step, over all ranks (32)")
+    add("--epochs", type=int, help="passes over the data (1)")
+    add("--steps", type=int, help="end after so many steps, whatever --epochs")
+    add("--seed", type=int, default=0, help="of the data's order and of sampling")
+
+
+def running_flags(parser: argparse.ArgumentParser):
+    """Flags of memory and speed, evaluation, and interruptions."""
+    yes_no = {"action": argparse.BooleanOptionalAction, "default": None}
+    add = parser.add_argument_group("memory and speed").add_argument
+    add("--micro_batch_pairs", type=int, default=0, help="most pairs of a forward; 0: no limit")
+    add("--micro_batch_tokens", type=int, help="most tokens of a forward, padding counted; 0: no limit")
+    add("--activation_checkpointing", **yes_no, help="Table 5: on (toy: off)")
+    add("--dtype", choices=DTYPES, help="of the computation (CPU float32, CUDA bfloat16)")
+    shards = ("none", "states", "fsdp")
+    add(
+        "--shard", default="states", choices=shards, help="what the ranks share out: optimizer states, or all"
     )
-    what.add_argument(
-        "--pack_to", type=int, default=0, help="fill rows with further pairs to so many tokens (CUDA)"
-    )
-    sae = parser.add_argument_group("sparse autoencoder")
-    sae.add_argument("--sae", help="Gemma Scope repo, directory of its layout, or file")
-    sae.add_argument(
-        "--sae_layer", type=int, nargs="+", help="0-based; several: their D_FPO is averaged (Table 7)"
-    )
-    sae.add_argument("--sae_width", help="16k in Table 5")
-    sae.add_argument(
-        "--sae_site", choices=("res", "mlp", "att"), help="residual, as in Table 5, or MLP (Table 3)"
-    )
-    sae.add_argument(
-        "--sae_l0", type=float, help="average L0; none: the nearest to 100 (2b: 55, the authors')"
-    )
-    sae.add_argument("--k", type=int, default=50, help="of Eq. 10 (authors' code: 50)")
+    add("--compile", action="store_true", help="torch.compile each layer")
+    add = parser.add_argument_group("evaluation").add_argument
+    add("--eval_every", type=int, help="held-out pairs every so many steps; 0: at the ends alone")
+    add("--eval_kl", **yes_no, help="load the reference for the KL (toy: on)")
+    add("--eval_samples", type=int, help="responses a prompt for the entropy, at the ends; 0: none")
+    add("--eval_tokens", type=int, help="longest sampled response")
+    add = parser.add_argument_group("interruptions").add_argument
+    add("--save_every", type=int, default=0, help="steps between resume states; 0: on a signal alone")
+    choices = ("always", "auto")
+    add("--resume", nargs="?", const="always", choices=choices, help="from --out's last state; auto: if any")
+    add("--keep", type=int, default=1, help="resume states to keep (1)")
+    add("--force", action="store_true", help="resume with other settings than before")
+    add("--on_nan", default="stop", choices=("stop", "skip"), help="a loss that is not finite: stop, or skip")

@@ -288,8 +288,8 @@ def draw_curves(rows, key: str, what: str, factor: float):
 
     Means over seeds, shaded by one deviation, at the steps where held-out pairs were scored.
     """
-    unit = what[what.rindex("(") :]
-    margin = f"|{'β ' * (factor != 1)}(rejected − chosen)| {unit}"
+    margin = "|β (rejected − chosen)| " if factor != 1 else "|rejected − chosen| "
+    margin += what[what.rindex("(") :]  # in the same unit
     figure, axes = panels(["chosen", "rejected", "margin"], "training step", [what, what, margin])
     for name, (label, colour) in METHODS.items():
         points = {}  # step: of each seed (chosen, rejected, margin)
@@ -361,7 +361,7 @@ def comparison(args):
     lines += [(f"FPO, α = {alpha:g}", alpha_name(alpha), None) for alpha in ALPHAS if alpha != 0.5]
     figures = {"accuracy_entropy": draw_accuracy_entropy(rows), "alpha": draw_alpha(rows)}
     figures["kl"] = draw_curves(rows, "kl", "KL(ref‖policy) of a response (nats)", PAPER_BETA)
-    figures["mse"] = draw_curves(rows, "mse", "D_FPO (squared activation)", 1.0)
+    figures["mse"] = draw_curves(rows, "mse", "D_FPO (activation²)", 1.0)
     if values_of(rows, "fpo", "activations_policy"):
         figures["activations"] = draw_activations(rows)
     publish(args, rows, {"Table 2, right": table(rows, lines)}, figures)

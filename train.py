@@ -33,107 +33,22 @@ from eval_diversity import evaluate
 
 # ---------------------------------------------------------------------------- flags
 def parse_args(argv=None):
-    """Flags over the preset's values over nothing: every value ends up in config.json."""
+    """Flags, over the preset's values, over Table 5's for the method: all of them end up in config.json."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    presets.shared_flags(parser)
     parser.add_argument("--method", default="fpo", choices=fpo.METHODS, help="a row of Table 1 (fpo)")
-    what = parser.add_argument_group("data and files")
-    what.add_argument("--eval_dataset", help="held-out pairs")
-    what.add_argument("--cache_dir", help="Phase 1's reference (runs/PRESET/reference)")
-    what.add_argument(
-        "--cache_top", type=int, default=0, help="keep N features a response, at least 4 k; 0: all (exact)"
-    )
-    what.add_argument("--out", help="folder of this run (runs/PRESET/METHOD)")
-    loss = parser.add_argument_group("loss (Table 5 by method)")
-    loss.add_argument("--beta", type=float, help="β (0.1; SimPO 2)")
-    loss.add_argument("--alpha", type=float, help="α of δ_TDPO2 and δ_FPO (0.5)")
-    loss.add_argument("--gamma", type=float, help="γ of SimPO (0.5)")
-    loss.add_argument(
-        "--no_stop_gradient", action="store_true", help="let δ_FPO's chosen term learn (Table 3)"
-    )
-    loss.add_argument(
-        "--feature_weights", help="JSON of weights in D_FPO, from eval_diversity.py --find_features"
-    )
-    optim = parser.add_argument_group("optimisation (Table 5)")
-    optim.add_argument("--optimizer", choices=("adam", "rmsprop"), help="2B: adam, 9B: rmsprop")
-    optim.add_argument("--lr", type=float, help="learning rate (5e-7; toy 5e-4)")
-    optim.add_argument(
-        "--schedule", choices=("constant", "cosine"), help="after warm-up (constant; Table 4: cosine)"
-    )
-    optim.add_argument("--warmup_steps", type=int, help="linear (150; toy 10)")
-    optim.add_argument(
-        "--warmup_ratio", type=float, help="warm-up as a share of all steps, instead (Table 4: 0.1)"
-    )
-    optim.add_argument("--max_grad_norm", type=float, help="gradient clip (authors' code: 1.0); 0: none")
-    optim.add_argument("--batch_size", type=int, help="pairs to a step, over all ranks (32)")
-    optim.add_argument("--epochs", type=int, help="passes over the data (1)")
-    optim.add_argument("--steps", type=int, help="stop after so many steps, whatever --epochs")
-    optim.add_argument("--seed", type=int, default=0, help="of the order of the data and of sampling")
-    fast = parser.add_argument_group("memory and speed")
-    fast.add_argument("--micro_batch_pairs", type=int, default=0, help="most pairs of a forward; 0: no limit")
-    fast.add_argument(
-        "--micro_batch_tokens", type=int, help="most tokens of a forward, padding counted; 0: no limit"
-    )
-    fast.add_argument(
-        "--activation_checkpointing", action=argparse.BooleanOptionalAction, default=None, help="Table 5: on"
-    )
-    fast.add_argument(
-        "--dtype", choices=presets.DTYPES, help="of the computation (CPU float32, CUDA bfloat16)"
-    )
-    fast.add_argument(
-        "--shard",
-        default="states",
-        choices=("none", "states", "fsdp"),
-        help="optimizer states over the ranks, or all (FSDP2)",
-    )
-    fast.add_argument("--compile", action="store_true", help="torch.compile each layer")
-    watch = parser.add_argument_group("evaluation")
-    watch.add_argument(
-        "--eval_every", type=int, help="held-out pairs every so many steps; 0: at the ends alone"
-    )
-    watch.add_argument(
-        "--eval_kl", action=argparse.BooleanOptionalAction, default=None, help="load the reference for KL"
-    )
-    watch.add_argument(
-        "--eval_samples", type=int, help="responses a prompt for the entropy, before and after; 0: none"
-    )
-    watch.add_argument("--eval_tokens", type=int, help="longest sampled response")
-    safe = parser.add_argument_group("interruptions")
-    safe.add_argument(
-        "--save_every",
-        type=int,
-        default=0,
-        help="write the resume state every so many steps; 0: on a signal alone",
-    )
-    safe.add_argument(
-        "--resume",
-        nargs="?",
-        const="always",
-        choices=("always", "auto"),
-        help="go on from --out's last state; auto: if there is one",
-    )
-    safe.add_argument("--keep", type=int, default=1, help="resume states to keep (1)")
-    safe.add_argument("--force", action="store_true", help="resume with other settings than before")
-    safe.add_argument(
-        "--on_nan",
-        default="stop",
-        choices=("stop", "skip"),
-        help="a loss or gradient that is not finite: stop, or skip the step",
-    )
+    presets.shared_flags(parser)
+    presets.training_flags(parser)
+    presets.running_flags(parser)
     args = parser.parse_args(argv)
-
-    preset = presets.PRESETS[args.preset]
+    preset = dict(presets.PRESETS[args.preset])
+    sft_data = {name: preset.pop(f"sft_{name}") for name in ("dataset", "eval_dataset")}
+    preset |= sft_data if args.method == "sft" else {}
     for name, value in {**preset, **presets.TABLE_5[args.method]}.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
-    if args.method == "sft":  # another data set, and no SAE to read
-        asked = parser.parse_args(argv)
-        args.dataset, args.eval_dataset = (
-            asked.dataset or preset["sft_dataset"],
-            asked.eval_dataset or preset["sft_eval_dataset"],
-        )
-    args.start_note = "" if args.model else presets.default_model(args.preset, args.method)[1]
-    args.model = args.model or presets.default_model(args.preset, args.method)[0]
+    start, args.start_note = presets.default_model(args.preset, args.method)
+    args.start_note = "" if args.model else args.start_note
+    args.model = args.model or start
     args.reference = args.reference or args.model
     args.cache_dir = args.cache_dir or f"runs/{args.preset}/reference"
     args.out = args.out or f"runs/{args.preset}/{args.method}"

@@ -607,12 +607,13 @@ def test_digest_is_of_tokens_targets_and_bounds():
     )
     others = [
         [([2, 5, 6], [10, 12], [20]), rows[1]],  # one token
-        [([2, 5], [6, 10, 11], [20]), rows[1]],  # a boundary
+        [([2, 5, 6], [10], [11, 20]), rows[1]],  # a boundary
+        [([2, 5], [6, 10, 11], [20]), rows[1]],
         [([2, 5, 6], [10, 11], [20], [True, False, True]), rows[1]],  # a target
         [rows[1], rows[0]],
         [rows[0]],
     ]
-    assert len({digest, *(Pairs(other).digest() for other in others)}) == 6
+    assert len({digest, *(Pairs(other).digest() for other in others)}) == 1 + len(others)
 
 
 # ---------------------------------------------------------------- batches

@@ -1,4 +1,4 @@
-"""Scores against plain loops over transformers' own logits, sampling that no batch can change, files that are read."""
+"""Scores against plain loops over transformers' own logits; sampling that no batch changes; files of answers."""
 
 import copy
 import itertools
@@ -35,9 +35,8 @@ def make_tokenizer():
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=False)  # joins by spaces
     special = {f"{name}_token": f"<{name}>" for name in ("pad", "eos", "bos", "unk")}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, additional_special_tokens=["<u>", "<a>", "<end>"], chat_template=TEMPLATE, **special
-    )  # fmt: skip
+    special["additional_special_tokens"] = ["<u>", "<a>", "<end>"]
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=TEMPLATE, **special)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +57,7 @@ def sae():
 
 
 def by_hand(lm, reference, sae, pairs):
-    """Per pair and side: log-probabilities, KL, entropy and pooled features of one unpadded response at a time."""
+    """Per pair and side: log-probabilities, KL, entropy, pooled features, of one unpadded response at a time."""
     rows = []
     for i in range(len(pairs)):
         row = {}
@@ -121,7 +120,7 @@ def test_scores_against_plain_loops(lm, sae, tokenizer):
 
 
 def test_intervals_of_a_share_are_binomial():
-    """A resampled share of n hits and misses is binomial: its exact quantiles; a ratio of equal items has no width."""
+    """A resampled share of n hits and misses is binomial: exact quantiles; a ratio of equals has no width."""
     n, hits = 200, 150
     hit = torch.tensor([1.0] * hits + [0.0] * (n - hits))
     one, length = torch.ones(n), torch.arange(1.0, n + 1)
@@ -143,7 +142,7 @@ def draw(lm, tokenizer, prompts, **options):
 
 
 def test_sampling_depends_on_seed_alone(lm, tokenizer):
-    """Other batch sizes and company: the same responses; another seed: others. 40 tokens come in three parts."""
+    """Other batch sizes and company: the same responses; another seed: others. 40 tokens come in parts."""
     prompts = [pair.tolist() for pair in (make_pairs(7, seed=2)[i][0] for i in range(7))]
     options = {"samples": 3, "max_new_tokens": 40}
     first, totals = draw(lm, tokenizer, prompts, batch_size=21, **options)
@@ -180,7 +179,7 @@ def test_sampling_draws_from_the_nucleus(lm, tokenizer, temperature):
 
 
 def test_nucleus_at_the_boundary():
-    """p = 0.75 of (1/2, 1/4, 1/8, …): exactly reached by two tokens; 0.76 needs a third. Flat over 256: as many as p says."""
+    """p = 0.75 of 1/2, 1/4, 1/8, …: just reached by two tokens; 0.76 needs a third. Flat: as many as p says."""
     p = torch.tensor([[0.125, 0.5, 0.0625, 0.25, 0.0625]])
     flat = torch.full((1, 256), 1 / 256)
     for chances, top_p, most in ((p, 0.75, 2), (p, 0.76, 3), (p, 0.3, 1), (p, 1.0, 5), (flat, 0.75, 192)):
@@ -211,7 +210,7 @@ def test_entropies_are_of_the_whole_distribution(lm, tokenizer):
     pairs, policy = make_pairs(5, seed=6), fpo.Policy(copy.deepcopy(lm))
     options = {"samples": 3, "max_new_tokens": 20, "seed": 3}
     scores = eval_diversity.evaluate(
-        policy, tokenizer, pairs, prompts=4, bootstrap=20, layout="shared", **options
+        policy, tokenizer, pairs, prompts=4, bootstrap=200, layout="shared", **options
     )
     prompts = eval_diversity.unique_prompts(pairs, 4)
     drawn, totals = draw(policy.lm, tokenizer, prompts, **options)
@@ -255,7 +254,7 @@ def test_distinct_and_self_bleu_by_hand():
 
 # ---------------------------------------------------------------------------- features
 def test_feature_statistics_against_plain_loops(lm, sae):
-    """Mean of pooled features over responses, and the largest at a token; of pairs both responses, of SFT records one."""
+    """Mean of pooled features over responses, and the largest at a token; of SFT records, and of pairs."""
     policy, whole = fpo.Policy(copy.deepcopy(lm), [sae], [(1, "res")]), make_pairs(7, seed=5)
     rows = [whole[i] for i in range(7)]
     for sft, pairs in ((True, Pairs([(x.tolist(), y.tolist(), []) for x, y, _ in rows])), (False, whole)):
@@ -284,16 +283,22 @@ def test_chosen_features_where_the_answer_is_known():
 
 
 # ---------------------------------------------------------------------------- the benchmarks' files
-ALPACA = [
-    {"instruction": f"w{i} w9", "output": "theirs", "generator": "other", "dataset": "koala"}
-    for i in (10, 11)
-]
+THEIRS = {"output": "theirs", "generator": "other", "dataset": "koala"}
+ALPACA = [{"instruction": "w10 w9", **THEIRS}, {"instruction": "w11 w9", **THEIRS}]
 ARENA = [{"uid": "a1", "category": "hard_prompt", "prompt": "w20 w21"}, {"uid": "a2", "prompt": "w22"}]
 ARENA_2024 = [{"question_id": "b1", "category": "c", "cluster": "d", "turns": [{"content": "w20"}]}]
 MT = [
     {"question_id": 81, "category": "writing", "turns": ["w30 w31", "w32"]},
     {"question_id": 111, "category": "math", "turns": ["w33", "w34"]},
 ]
+
+
+@pytest.fixture(scope="module")
+def talker():
+    """Another random model, whose greedy answers are many different words."""
+    model = make_lm(seed=4, tie_word_embeddings=False)
+    model.generation_config = GenerationConfig(eos_token_id=1, pad_token_id=0)
+    return model
 
 
 def exported(lm, tokenizer, kind, questions, tmp_path, **options):
@@ -316,31 +321,34 @@ def ids_of(tokenizer, text):
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
-def test_answers_in_each_benchmarks_format(lm, tokenizer, tmp_path):
+def test_answers_in_each_benchmarks_format(talker, tokenizer, tmp_path):
     options = {"temperature": 0.0}
     text = lambda question: tokenizer.decode(  # noqa: E731
-        greedy(lm, ids_of(tokenizer, f"<bos> <u> {question} <end> <a>")), skip_special_tokens=True
+        greedy(talker, ids_of(tokenizer, f"<bos> <u> {question} <end> <a>")), skip_special_tokens=True
     )
-    alpaca = exported(lm, tokenizer, "alpaca_eval", ALPACA, tmp_path, **options)
+    alpaca = exported(talker, tokenizer, "alpaca_eval", ALPACA, tmp_path, **options)
     for question, answer in zip(ALPACA, alpaca, strict=True):
         told = text(question["instruction"])
         assert answer == {**question, "output": told, "generator": "ours"} and told
-    for question, answer in zip(ARENA, exported(lm, tokenizer, "arena_hard", ARENA, tmp_path), strict=True):
+    arena = exported(talker, tokenizer, "arena_hard", ARENA, tmp_path)
+    for question, answer in zip(ARENA, arena, strict=True):
         assert {*answer} == {"uid", "ans_id", "model", "messages", "tstamp"}
         assert answer["uid"] == question["uid"] and answer["model"] == "ours"
         user, said = answer["messages"]
         assert user == {"role": "user", "content": question["prompt"]} and said["role"] == "assistant"
         assert said["content"] == {"answer": text(question["prompt"])}, "greedy without --temperature"
-    (old,) = exported(lm, tokenizer, "arena_hard", ARENA_2024, tmp_path)
+    (old,) = exported(talker, tokenizer, "arena_hard", ARENA_2024, tmp_path)
     assert {*old} == {"question_id", "answer_id", "model_id", "choices", "tstamp"}
     assert old["choices"] == [{"index": 0, "turns": [{"content": text("w20")}]}]
-    (record,) = exported(lm, tokenizer, "records", [{"prompt": "w20", "chosen": "w1"}], tmp_path, **options)
+    (record,) = exported(
+        talker, tokenizer, "records", [{"prompt": "w20", "chosen": "w1"}], tmp_path, **options
+    )
     assert record == {"prompt": "w20", "response": text("w20")}
 
 
-def test_second_turn_follows_the_models_own_first(lm, tokenizer, tmp_path):
+def test_second_turn_follows_the_models_own_first(talker, tokenizer, tmp_path):
     """Greedy by hand over the whole talk; the end of the first turn stands once, between answer and question."""
-    answers = exported(lm, tokenizer, "mt_bench", MT, tmp_path, temperature=0.0)
+    answers = exported(talker, tokenizer, "mt_bench", MT, tmp_path, temperature=0.0)
     for question, answer in zip(MT, answers, strict=True):
         assert {*answer} == {"question_id", "answer_id", "model_id", "choices", "tstamp"}
         assert answer["question_id"] == question["question_id"] and answer["model_id"] == "ours"
@@ -348,14 +356,15 @@ def test_second_turn_follows_the_models_own_first(lm, tokenizer, tmp_path):
         assert choice["index"] == 0 and len(choice["turns"]) == 2
         opening, then = (f"<u> {turn} <end> <a>" for turn in question["turns"])
         talk = ids_of(tokenizer, f"<bos> {opening}")
-        first = greedy(lm, talk)
-        second = greedy(lm, [*talk, *first, 7, *ids_of(tokenizer, then)])
-        assert choice["turns"] == tokenizer.batch_decode([first, second], skip_special_tokens=True)
-        alone = greedy(lm, ids_of(tokenizer, f"<bos> {then}"))
+        first = greedy(talker, talk)
+        first = tokenizer.decode(first, skip_special_tokens=True)
+        second = greedy(talker, [*talk, *ids_of(tokenizer, first), 7, *ids_of(tokenizer, then)])
+        assert choice["turns"] == [first, tokenizer.decode(second, skip_special_tokens=True)]
+        alone = greedy(talker, ids_of(tokenizer, f"<bos> {then}"))
         assert second != alone, "this test can't tell"
     # Without a temperature, the benchmark's own: math is greedy, writing is not.
     writing, maths = zip(
-        *(exported(lm, tokenizer, "mt_bench", MT, tmp_path, seed=seed) for seed in range(3)), strict=True
+        *(exported(talker, tokenizer, "mt_bench", MT, tmp_path, seed=seed) for seed in range(3)), strict=True
     )
     assert all(answer["choices"] == answers[1]["choices"] for answer in maths)
     assert len({str(answer["choices"]) for answer in writing}) > 1
@@ -370,9 +379,9 @@ def test_questions_that_are_none(tmp_path):
         ("mt_bench", {"question_id": 1, "category": "math", "turns": [["w1"]]}, "turns"),
     ):
         path.write_text(json.dumps(line))
-        with pytest.raises(ValueError, match=f"q.jsonl.*{kind}.*{what}"):
+        with pytest.raises(ValueError, match=rf"q\.jsonl.*{kind}.*{what}"):
             eval_diversity.read_questions(kind, path)
-    with pytest.raises(ValueError, match="nowhere.json"):
+    with pytest.raises(ValueError, match=r"nowhere\.json"):
         eval_diversity.read_questions("alpaca_eval", tmp_path / "nowhere.json")
 
 
@@ -397,51 +406,25 @@ def test_features_of_a_style_make_a_weights_file(folder, capsys):
                          "--weight_outside", "0.25"])  # fmt: skip
     found = json.loads(Path("found.json").read_text())["features"]
     assert len(found) == 6 and all(row["mean_a"] > 3 * row["mean_b"] for row in found)
-    assert all(str(row["feature"]) in capsys.readouterr().out for row in found[:1])
-    args = presets_args()
-    saes, _ = presets.load_saes(args, "cpu")
+    assert f"{found[0]['feature']:>8}{found[0]['mean_a']:>12.4f}" in capsys.readouterr().out
+    saes, _ = presets.load_saes(eval_diversity.parse_args(flags), "cpu")
     (weights,) = presets.load_feature_weights("w.json", saes)
     assert weights[[row["feature"] for row in found]].tolist() == [1.0] * 6
     assert (weights == 0.25).sum() == saes[0].m - 6
-
-
-def presets_args():
-    class Args:
-        sae, sae_layer, sae_width, sae_site, sae_l0 = "runs/toy/sae", [3], "512", "res", None
-
-    return Args
 
 
 def test_script_on_two_ranks(folder):
     """torchrun with two processes: the same scores, intervals and answers as one, in the files."""
     lines = Path("runs/toy/test.jsonl").read_text().splitlines()
     Path("few.jsonl").write_text("\n".join(lines[:21]))
-    base = [
-        "--preset",
-        "toy",
-        "--model",
-        "runs/toy/model",
-        "--reference",
-        "runs/toy/base",
-        "--dataset",
-        "few.jsonl",
-    ]
-    base += [
-        "--prompts",
-        "5",
-        "--samples",
-        "3",
-        "--max_new_tokens",
-        "20",
-        "--features_top",
-        "4",
-        "--bootstrap",
-        "50",
-    ]
+    base = "--preset toy --model runs/toy/model --reference runs/toy/base --dataset few.jsonl --prompts 5".split()
+    base += "--samples 3 --max_new_tokens 20 --features_top 4 --bootstrap 50".split()
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     script = Path(__file__).parent.parent / "eval_diversity.py"
-    done = subprocess.run([*start, script, *base, "--json", "two.json"], cwd=folder, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120)  # fmt: skip
+    done = subprocess.run(
+        [*start, script, *base, "--json", "two.json"], cwd=folder, capture_output=True, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     eval_diversity.main([*base, "--json", "one.json", "--train_pairs", "few.jsonl"])
     one, two = (json.loads(Path(f"{name}.json").read_text()) for name in ("one", "two"))
@@ -457,17 +440,8 @@ def test_script_on_two_ranks(folder):
 
 def test_files_for_each_temperature(folder):
     Path("q.json").write_text(json.dumps([{"instruction": "name two birds of the sea.", "dataset": "d"}]))
-    flags = [
-        "--preset",
-        "toy",
-        "--model",
-        "runs/toy/model",
-        "--export",
-        "alpaca_eval",
-        "--questions",
-        "q.json",
-    ]
-    eval_diversity.main([*flags, "--out", "out/ours.json", "--temperature", "0.2", "1"])
+    flags = "--preset toy --model runs/toy/model --export alpaca_eval --questions q.json --out out/ours.json".split()
+    eval_diversity.main([*flags, "--temperature", "0.2", "1"])
     for name in ("ours_t0.2", "ours_t1"):
         (answer,) = json.loads(Path(f"out/{name}.json").read_text())
         assert answer["generator"] == name and answer["dataset"] == "d" and answer["output"]
@@ -492,8 +466,8 @@ def test_wrong_flags_name_themselves(flags, what):
         eval_diversity.parse_args(["--preset", "toy", *flags])
 
 
-def test_records_exported_are_read_again(folder, lm, tokenizer):
-    """Exported records are a set of responses for --find_features: the SFT format of data.load_pairs."""
-    eval_diversity.write_lines("r.jsonl", [{"prompt": "w20 w21", "response": "w30"}])
-    pairs = load_pairs("r.jsonl", tokenizer, sft=True)
+def test_exported_records_are_read_again(tokenizer, tmp_path):
+    """They are a set of responses for --find_features: the SFT format of data.load_pairs."""
+    eval_diversity.write_lines(tmp_path / "r.jsonl", [{"prompt": "w20 w21", "response": "w30"}])
+    pairs = load_pairs(str(tmp_path / "r.jsonl"), tokenizer, sft=True)
     assert [part.tolist() for part in pairs[0]][1:] == [[*ids_of(tokenizer, "w30"), 7], []]
