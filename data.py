@@ -55,7 +55,7 @@ class Unusable(ValueError):
 
 # ---------------------------------------------------------------------------- records
 def split_revision(name: str) -> tuple[str, str | None]:
-    """(NAME, REVISION) of a hub name that may pin one, NAME@REVISION; a path that exists is taken as it is."""
+    """(NAME, REVISION) of a hub name that may pin one, NAME@REVISION; an existing path is taken as it is."""
     if os.path.exists(name) or "@" not in name:
         return name, None
     return tuple(name.rsplit("@", 1))
