@@ -89,7 +89,7 @@ def read_records(source: str, split: str = "train"):
         files = name if reader else None
         table = datasets.load_dataset(reader or name, data_files=files, split=split, revision=revision)
     except Exception as error:  # the library raises many kinds; the cause tells more
-        reason = str(error.__cause__ or error) or type(error).__name__
+        reason = str(error.__cause__ or error) or f"nothing to read ({type(error).__name__})"
         raise ValueError(f"data set {name!r}, split {split!r}: {reason.splitlines()[0]}") from None
     for i, record in enumerate(table):
         yield f"{name}[{i}]", record

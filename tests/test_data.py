@@ -332,10 +332,10 @@ def test_sources_that_do_not_exist(tmp_path, monkeypatch, gemma, source, message
     "name, content, message",
     [
         ("data.csv", "a,b", r"must end in one of \.jsonl, \.json, \.parquet, \.arrow"),
-        ("data.json", "[1, 2", "data.json', split 'train': "),
-        ("data.json", "", "data.json', split 'train': "),
+        ("data.json", "[1, 2", "data.json', split 'train': Unexpected character"),
+        ("data.json", "", "data.json', split 'train': nothing to read"),
         ("data.parquet", "PAR1", "data.parquet', split 'train': .*size"),
-        ("data.arrow", "no", "data.arrow', split 'train': "),
+        ("data.arrow", "no", "data.arrow', split 'train': .*small"),
         ("data.jsonl", "\n\n", "no usable record; it is empty"),
     ],
 )

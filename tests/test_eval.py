@@ -1,14 +1,15 @@
-"""Scores against plain loops over transformers' own logits; sampling that no batch changes; files of answers."""
+"""Scores against plain loops over transformers' logits; sampling that no batch changes; files of answers."""
 
 import copy
 import itertools
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
-from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import M, V, make_lm, make_pairs, make_sae, nudge
@@ -20,6 +21,7 @@ import fpo
 import losses
 import presets
 from data import Pairs, load_pairs
+from sae import ARRAYS
 
 WORDS = [f"w{i}" for i in range(8, V)]
 TEMPLATE = (
@@ -57,7 +59,7 @@ def sae():
 
 
 def by_hand(lm, reference, sae, pairs):
-    """Per pair and side: log-probabilities, KL, entropy, pooled features, of one unpadded response at a time."""
+    """Per pair and side: log-probabilities, KL, entropy, features; one unpadded response at a time."""
     rows = []
     for i in range(len(pairs)):
         row = {}
@@ -160,7 +162,7 @@ def test_sampling_depends_on_seed_alone(lm, tokenizer):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_sampling_draws_from_the_nucleus(lm, tokenizer, temperature):
-    """Frequencies of the first token against the model's probabilities, cut to the smallest set that reaches p."""
+    """Frequencies of the first token against the model's probabilities, cut to the least set that reaches p."""
     prompt, n = [2, 5, 9, 30], 3000
     options = {"samples": n, "max_new_tokens": 1, "top_p": 0.6, "temperature": temperature}
     out, _ = draw(lm, tokenizer, [prompt], batch_size=500, **options)
@@ -179,7 +181,7 @@ def test_sampling_draws_from_the_nucleus(lm, tokenizer, temperature):
 
 
 def test_nucleus_at_the_boundary():
-    """p = 0.75 of 1/2, 1/4, 1/8, …: just reached by two tokens; 0.76 needs a third. Flat: as many as p says."""
+    """p = 0.75 of 1/2, 1/4, 1/8, …: two tokens just reach it; 0.76 needs a third. Flat: as many as p says."""
     p = torch.tensor([[0.125, 0.5, 0.0625, 0.25, 0.0625]])
     flat = torch.full((1, 256), 1 / 256)
     for chances, top_p, most in ((p, 0.75, 2), (p, 0.76, 3), (p, 0.3, 1), (p, 1.0, 5), (flat, 0.75, 192)):
@@ -187,9 +189,7 @@ def test_nucleus_at_the_boundary():
         kept = sampler(None, chances.log()) > -torch.inf
         assert kept.sum() == most, top_p
         assert chances[kept].min() >= chances[~kept].max() if most < chances.shape[1] else True
-        entropy = (
-            -(chances * chances.log()).sum().item()
-        )  # 1.875 ln 2 of the first: of all of it, not of the cut
+        entropy = -(chances * chances.log()).sum().item()  # of all of it, not of the cut
         assert sampler.entropy[0].item() == pytest.approx(entropy, rel=1e-5)
     assert -(p * p.log()).sum().item() == pytest.approx(1.875 * math.log(2))
 
@@ -206,7 +206,7 @@ def test_temperature_zero_is_greedy_row_by_row(lm, tokenizer):
 
 @torch.no_grad()
 def test_entropies_are_of_the_whole_distribution(lm, tokenizer):
-    """Entropy, predictive entropy and distinct-n of sampled responses, against log_softmax of plain logits."""
+    """Entropy and predictive entropy of sampled responses, against log_softmax of plain logits."""
     pairs, policy = make_pairs(5, seed=6), fpo.Policy(copy.deepcopy(lm))
     options = {"samples": 3, "max_new_tokens": 20, "seed": 3}
     scores = eval_diversity.evaluate(
@@ -340,14 +340,12 @@ def test_answers_in_each_benchmarks_format(talker, tokenizer, tmp_path):
     (old,) = exported(talker, tokenizer, "arena_hard", ARENA_2024, tmp_path)
     assert {*old} == {"question_id", "answer_id", "model_id", "choices", "tstamp"}
     assert old["choices"] == [{"index": 0, "turns": [{"content": text("w20")}]}]
-    (record,) = exported(
-        talker, tokenizer, "records", [{"prompt": "w20", "chosen": "w1"}], tmp_path, **options
-    )
+    (record,) = exported(talker, tokenizer, "records", [{"prompt": "w20"}], tmp_path, **options)
     assert record == {"prompt": "w20", "response": text("w20")}
 
 
 def test_second_turn_follows_the_models_own_first(talker, tokenizer, tmp_path):
-    """Greedy by hand over the whole talk; the end of the first turn stands once, between answer and question."""
+    """Greedy by hand over the whole talk; the first turn's end stands once, between answer and question."""
     answers = exported(talker, tokenizer, "mt_bench", MT, tmp_path, temperature=0.0)
     for question, answer in zip(MT, answers, strict=True):
         assert {*answer} == {"question_id", "answer_id", "model_id", "choices", "tstamp"}
@@ -385,65 +383,77 @@ def test_questions_that_are_none(tmp_path):
         eval_diversity.read_questions("alpaca_eval", tmp_path / "nowhere.json")
 
 
-# ---------------------------------------------------------------------------- the script, on the toy world
-@pytest.fixture
-def folder(world, tmp_path, monkeypatch):
-    """A working directory whose runs/toy is the toy world."""
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs/toy").symlink_to(world)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+# ---------------------------------------------------------------------------- the script
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, lm, sae, tokenizer):
+    """A directory with a policy, its reference, an SAE and pairs; the flags that name them."""
+    folder = tmp_path_factory.mktemp("eval")
+    for name, model in (("policy", lm), ("reference", make_lm())):
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    np.savez(folder / "sae.npz", **{name: getattr(sae, name).numpy() for name in ARRAYS})
+    with open(folder / "pairs.jsonl", "w") as file:
+        for pair in (make_pairs(21, seed=3)[i] for i in range(21)):
+            words = (" ".join(WORDS[token % len(WORDS)] for token in part.tolist()) for part in pair)
+            file.write(json.dumps(dict(zip(("prompt", "chosen", "rejected"), words, strict=True))) + "\n")
+    return folder
 
 
-def test_features_of_a_style_make_a_weights_file(folder, capsys):
-    """Shouted answers against the others: what is chosen fires there; train.py's reader takes the file."""
-    records = [json.loads(line) for line in Path("runs/toy/train.jsonl").read_text().splitlines()[:300]]
-    for name, shout in (("a", True), ("b", False)):
-        part = [r for r in records if (r["chosen_style"] == "shout") == shout][:40]
-        Path(f"{name}.jsonl").write_text("\n".join(map(json.dumps, part)))
-    flags = ["--preset", "toy", "--model", "runs/toy/model", "--find_features", "a.jsonl", "b.jsonl"]
-    eval_diversity.main([*flags, "--features", "6", "--weights", "w.json", "--json", "found.json",
-                         "--weight_outside", "0.25"])  # fmt: skip
-    found = json.loads(Path("found.json").read_text())["features"]
-    assert len(found) == 6 and all(row["mean_a"] > 3 * row["mean_b"] for row in found)
-    assert f"{found[0]['feature']:>8}{found[0]['mean_a']:>12.4f}" in capsys.readouterr().out
-    saes, _ = presets.load_saes(eval_diversity.parse_args(flags), "cpu")
-    (weights,) = presets.load_feature_weights("w.json", saes)
-    assert weights[[row["feature"] for row in found]].tolist() == [1.0] * 6
-    assert (weights == 0.25).sum() == saes[0].m - 6
+def flags_of(folder, **flags):
+    """--model, --dataset and --sae of the folder, and others."""
+    own = {"model": folder / "policy", "dataset": folder / "pairs.jsonl", "sae": folder / "sae.npz"}
+    words = ["--sae_layer", "1"]
+    for name, value in (own | flags).items():
+        words += [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return words
+
+
+def test_features_make_a_weights_file(folder, sae, capsys):
+    """Answers of w20 against those of w30: the table, and the file as train.py's reader takes it."""
+    for name, word in (("a", "w20"), ("b", "w30")):
+        lines = [json.dumps({"prompt": f"w{i}", "response": f"{word} w{i}"}) for i in range(40, 48)]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    sets, found, weights = (folder / "a.jsonl", folder / "b.jsonl"), folder / "found.json", folder / "w.json"
+    options = {"find_features": sets, "features": 6, "weights": weights, "weight_outside": 0.25}
+    eval_diversity.main(flags_of(folder, json=found, **options))
+    rows = json.loads(found.read_text())["features"]
+    assert len(rows) == 6 and all(row["mean_a"] > row["mean_b"] for row in rows)
+    assert f"{rows[0]['feature']:>8}{rows[0]['mean_a']:>12.4f}" in capsys.readouterr().out
+    (w,) = presets.load_feature_weights(weights, [sae])
+    assert w[[row["feature"] for row in rows]].tolist() == [1.0] * 6 and (w == 0.25).sum() == sae.m - 6
 
 
 def test_script_on_two_ranks(folder):
-    """torchrun with two processes: the same scores, intervals and answers as one, in the files."""
-    lines = Path("runs/toy/test.jsonl").read_text().splitlines()
-    Path("few.jsonl").write_text("\n".join(lines[:21]))
-    base = "--preset toy --model runs/toy/model --reference runs/toy/base --dataset few.jsonl --prompts 5".split()
-    base += "--samples 3 --max_new_tokens 20 --features_top 4 --bootstrap 50".split()
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    script = Path(__file__).parent.parent / "eval_diversity.py"
-    done = subprocess.run(
-        [*start, script, *base, "--json", "two.json"], cwd=folder, capture_output=True, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    eval_diversity.main([*base, "--json", "one.json", "--train_pairs", "few.jsonl"])
-    one, two = (json.loads(Path(f"{name}.json").read_text()) for name in ("one", "two"))
+    """Two processes: the same scores and intervals as one, in the files."""
+    few = {"prompts": 5, "samples": 3, "max_new_tokens": 20, "features_top": 4, "bootstrap": 50}
+    few["reference"] = folder / "reference"
+    words = [sys.executable, eval_diversity.__file__, *flags_of(folder, json=folder / "two.json", **few)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    where = {**os.environ, **where, "OMP_NUM_THREADS": "1"}
+    options = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
+    ranks = [subprocess.Popen(words, env={**where, "RANK": rank}, **options) for rank in "01"]
+    eval_diversity.main(flags_of(folder, json=folder / "one.json", train_pairs=folder / "pairs.jsonl", **few))
+    for rank in ranks:
+        errors = rank.communicate(timeout=120)[1]
+        assert rank.returncode == 0, errors
+    one, two = (json.loads((folder / f"{name}.json").read_text()) for name in ("one", "two"))
     again, ends, ends_two = one.pop("train"), one.pop("intervals"), two.pop("intervals")
-    assert one.keys() == two.keys() and len(one["activations_reference"]) == 4
+    assert one.keys() == two.keys() and len(one["activations_reference"]) == 4 and len(ends) > 15
     for name in one:
         assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
     for name in ends:
         assert ends_two[name] == pytest.approx(ends[name], rel=1e-3, abs=1e-6), name
     assert again["accuracy"] == one["accuracy"] and "entropy" not in again, "the same pairs as training pairs"
-    assert one["accuracy"] != one["reward_accuracy"] and one["kl_margin"] > 0
 
 
 def test_files_for_each_temperature(folder):
-    Path("q.json").write_text(json.dumps([{"instruction": "name two birds of the sea.", "dataset": "d"}]))
-    flags = "--preset toy --model runs/toy/model --export alpaca_eval --questions q.json --out out/ours.json".split()
-    eval_diversity.main([*flags, "--temperature", "0.2", "1"])
+    (folder / "q.json").write_text(json.dumps([{"instruction": "w20 w21", "dataset": "d"}]))
+    out, options = folder / "out/ours.json", {"export": "alpaca_eval", "questions": folder / "q.json"}
+    eval_diversity.main(flags_of(folder, out=out, temperature=(0.2, 1), max_new_tokens=9, **options))
     for name in ("ours_t0.2", "ours_t1"):
-        (answer,) = json.loads(Path(f"out/{name}.json").read_text())
+        (answer,) = json.loads((folder / f"out/{name}.json").read_text())
         assert answer["generator"] == name and answer["dataset"] == "d" and answer["output"]
 
 
