@@ -85,18 +85,24 @@ def parse_args(argv=None):
     return args
 
 
+def shape_config(name, attention, layers=None, vocab=None):
+    """A shape's Gemma2Config, with other layers or vocabulary where given."""
+    d, ffn, depth, heads, kv_heads, head_dim, words = SHAPES[name][0]
+    return Gemma2Config(
+        hidden_size=d, intermediate_size=ffn, num_hidden_layers=layers or depth, head_dim=head_dim,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, query_pre_attn_scalar=head_dim,
+        vocab_size=vocab or words, attn_implementation=attention,
+    )  # fmt: skip
+
+
 def with_shape(args, name):
     """A copy of the flags, completed by the shape; with its `config`, and `rows` as collate takes it."""
-    (d, ffn, layers, heads, kv_heads, head_dim, vocab), sae_width, *rest = SHAPES[name]
+    _, sae_width, *rest = SHAPES[name]
     cuda, args = args.device == "cuda", argparse.Namespace(**vars(args), sae_width=sae_width)
     for flag, value in zip(("pairs", "prompt", "response", "rule"), rest, strict=True):
         setattr(args, flag, getattr(args, flag, None) or value)
     args.shape, args.dtype = name, args.dtype or ("bfloat16" if cuda else "float32")
-    args.config = Gemma2Config(
-        hidden_size=d, intermediate_size=ffn, num_hidden_layers=args.layers or layers, head_dim=head_dim,
-        num_attention_heads=heads, num_key_value_heads=kv_heads, query_pre_attn_scalar=head_dim,
-        vocab_size=args.vocab or vocab, attn_implementation="flex_attention" if cuda else "eager",
-    )  # fmt: skip
+    args.config = shape_config(name, "flex_attention" if cuda else "eager", args.layers, args.vocab)
     if args.layout == "auto":  # train.py's rule
         args.layout = "shared" if cuda or args.prompt >= args.response else "separate"
     args.rows = {"layout": args.layout, "row_multiple": 128 if cuda else 1}

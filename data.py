@@ -437,7 +437,7 @@ def collate(
         marks = pairs.is_target[pairs.bounds[i, 1] : pairs.bounds[i, 3]].split([len(chosen), len(rejected)])
         sides = [(1, b, chosen, marks[0]), (2, B + b, rejected, marks[1])]
         rows = [sides] if layout == "shared" else [[side] for side in sides if len(side[2])]
-        documents += [_document(prompt, responses) for responses in rows]
+        documents += [_document(prompt, row) for row in rows]
     places, fill = [], []  # of each document its row and where it starts there; of each row its length
     for document in documents:
         if not fill or fill[-1] + document.shape[1] > pack_to:
@@ -445,14 +445,14 @@ def collate(
         places.append((len(fill) - 1, fill[-1]))
         fill[-1] += document.shape[1]
     R, L = len(fill), math.ceil(max(fill) / row_multiple) * row_multiple
+    # token, position, segment, owner, state, doc of every place
     grid = torch.tensor([pad_id, 0, -1, -1, 0, -1])[:, None, None].repeat(1, R, L)
     for n, ((r, start), document) in enumerate(zip(places, documents, strict=True)):
         here = grid[:, r, start : start + document.shape[1]]
         here[:5], here[5] = document, n
         here[4] += r * L + start  # from the document's places to those of all rows
     token, _, _, owner, state, _ = grid.flatten(1)
-    at = (owner >= 0).nonzero().squeeze(1)
-    at = at[owner[at].argsort(stable=True)]  # the response tokens, by owner
+    at = owner.argsort(stable=True)[int((owner < 0).sum()) :]  # the targets' places, by owner
     return Batch(
         *grid[:3], doc=grid[5], state=state[at], target=token[at], owner=owner[at],
         lengths=owner[at].bincount(minlength=2 * B), index=torch.tensor(indices),

@@ -159,8 +159,8 @@ class _Sampler(LogitsProcessor):
 
     Greedy decoding then draws it. A row's noise is of its own generator: other rows don't change its draws.
     The nucleus is the smallest set of tokens whose probability, at this temperature, reaches p (Holtzman et
-    al. 2020). Noted at each step (rows,), at temperature 1 and uncut: the distribution's entropy, and the drawn
-    token's log-probability.
+    al. 2020). Noted at each step (rows,), at temperature 1 and uncut: entropy, and the drawn token's
+    log-probability.
     """
 
     def __init__(self, temperature, top_p, generators):

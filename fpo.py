@@ -129,12 +129,19 @@ def _product(a, b):
 
 
 def _logits(states, weight, softcap):
-    """(N, c) float32 logits of a slice of the vocabulary, and d logits / d (states @ weight) (None: 1)."""
+    """(N, c) float32 logits of a slice of the vocabulary."""
+    z = _product(states, weight.T)
+    return z if softcap is None else z.div_(softcap).tanh_().mul_(softcap)
+
+
+def _softmax(states, weight, softcap, logsumexp):
+    """(N, c) probabilities of a slice, and d logits / d (states @ weight.T) (None: 1)."""
     z = _product(states, weight.T)
     if softcap is None:
-        return z, None
-    z = (z / softcap).tanh_()
-    return z * softcap, 1 - z * z
+        return z.sub_(logsumexp[:, None]).exp_(), None
+    t = z.div_(softcap).tanh_()
+    p = torch.add(-logsumexp[:, None], t, alpha=softcap).exp_()
+    return p, t.square_().neg_().add_(1)
 
 
 class _TokenStatistics(torch.autograd.Function):
@@ -156,12 +163,12 @@ class _TokenStatistics(torch.autograd.Function):
         ref_top, ref_mass, ref_inner = new(-torch.inf), new(0.0), new(0.0)
         chosen, ref_chosen = new(0.0), new(0.0)  # the target's logit
         for v in range(0, V, chunk):
-            z, _ = _logits(states, weight[v : v + chunk], softcap)
+            z = _logits(states, weight[v : v + chunk], softcap)
             here = (targets >= v) & (targets < v + z.shape[1])
             place = (rows, (targets - v).clamp(0, z.shape[1] - 1))
             chosen = torch.where(here, z[place], chosen)
             if ref_states is not None:
-                z_ref, _ = _logits(ref_states, ref_weight[v : v + chunk], softcap)
+                z_ref = _logits(ref_states, ref_weight[v : v + chunk], softcap)
                 ref_chosen = torch.where(here, z_ref[place], ref_chosen)
                 ref_top, ref_mass, ref_inner = _online(ref_top, ref_mass, ref_inner, z_ref, z_ref - z)
             top, mass, inner = _online(top, mass, inner, z, z if entropy else None)
@@ -188,13 +195,11 @@ class _TokenStatistics(torch.autograd.Function):
         g_logp = torch.zeros_like(logsumexp) if g_logp is None else g_logp
         for v in range(0, len(weight), ctx.chunk):
             W = weight[v : v + ctx.chunk]
-            z, slope = _logits(states, W, ctx.softcap)
-            p = z.sub_(logsumexp[:, None]).exp_()
+            p, slope = _softmax(states, W, ctx.softcap, logsumexp)
             if ref_states is None:  # d log p(y) / dz = 1[y] - p
                 g = p.mul_(-g_logp[:, None])
             else:  # d KL(ref || p) / dz = p - p_ref
-                z_ref, _ = _logits(ref_states, ref_weight[v : v + ctx.chunk], ctx.softcap)
-                p_ref = z_ref.sub_(ref_logsumexp[:, None]).exp_()
+                p_ref, _ = _softmax(ref_states, ref_weight[v : v + ctx.chunk], ctx.softcap, ref_logsumexp)
                 g = p.mul_((g_kl - g_logp)[:, None]).sub_(p_ref.mul_(g_kl[:, None]))
             here = (targets >= v) & (targets < v + g.shape[1])
             g[rows, (targets - v).clamp(0, g.shape[1] - 1)] += torch.where(here, g_logp, 0.0)

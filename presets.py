@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from data import split_revision
@@ -84,7 +84,7 @@ PRESETS = {
         "eval_dataset": "runs/toy/test.jsonl",
         "sft_dataset": "runs/toy/train.jsonl",
         "sft_eval_dataset": "runs/toy/test.jsonl",
-        "lr": 5e-4,
+        "lr": 3e-4,
         "warmup_steps": 10,
         "steps": 100,
         "micro_batch_tokens": 0,
@@ -157,8 +157,15 @@ def load_tokenizer(name: str):
         return AutoTokenizer.from_pretrained(name, revision=revision)
 
 
+def load_config(name: str):
+    """A model's config, NAME or NAME@REVISION, with flex_attention."""
+    name, revision = split_revision(name)
+    with hub_errors("model", name):
+        return AutoConfig.from_pretrained(name, revision=revision, attn_implementation="flex_attention")
+
+
 def load_lm(name: str, device, *, dtype=torch.float32):
-    """A causal LM, NAME or NAME@REVISION; attention eager on CPU, flex on CUDA (sdpa has no softcap)."""
+    """A causal LM, NAME or NAME@REVISION. Attention: eager on CPU, flex on CUDA; sdpa has no softcap."""
     name, revision = split_revision(name)
     if not os.path.isdir(name) and (name.startswith((".", "/", "runs/")) or name.count("/") != 1):
         raise ValueError(f"model {name!r}: no such directory (and a hub name is OWNER/NAME)")
@@ -171,11 +178,18 @@ def load_lm(name: str, device, *, dtype=torch.float32):
 
 
 def load_saes(args, device):
-    """The SAEs of `--sae_layer …`, on the device, and where each reads: (layer, site)."""
-    options = {"width": args.sae_width, "site": args.sae_site, "average_l0": args.sae_l0}
+    """The SAEs of `--sae_layer …` and where each reads, (layer, site). Only their encoders go to the device."""
     source, revision = split_revision(args.sae)
-    options |= {"revision": revision}
-    saes = [load_sae(source, layer=layer, **options).to(device) for layer in args.sae_layer]
+    options = {
+        "width": args.sae_width,
+        "site": args.sae_site,
+        "average_l0": args.sae_l0,
+        "revision": revision,
+    }
+    saes = [load_sae(source, layer=layer, **options) for layer in args.sae_layer]
+    for sae in saes:
+        for name in ("W_enc", "b_enc", "threshold"):
+            setattr(sae, name, getattr(sae, name).to(device))
     return saes, [(layer, args.sae_site) for layer in args.sae_layer]
 
 
@@ -309,6 +323,9 @@ def running_flags(parser: argparse.ArgumentParser):
         "--shard", default="states", choices=shards, help="what the ranks share out: optimizer states, or all"
     )
     add("--compile", action="store_true", help="torch.compile each layer")
+    add("--plan", action="store_true", help="train nothing: print the memory that a rank will need")
+    add("--gpu_gb", type=float, default=80.0, help="the card's memory, for --plan (80)")
+    add("--ranks", type=int, default=4, help="ranks, for --plan (4)")
     add = parser.add_argument_group("evaluation").add_argument
     add("--eval_every", type=int, help="held-out pairs every so many steps; 0: at the ends alone")
     add("--eval_kl", **yes_no, help="load the reference for the KL (toy: on)")

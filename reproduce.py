@@ -94,7 +94,8 @@ def make_run(args, name: str, method: str, seed: int, flags=None, *, watched=Fal
     """
     out, start = f"{args.out}/{name}_seed{seed}", start_model(args.preset)
     flags = {"method": method, "seed": seed, "model": start, **(flags or {}), "out": out}
-    flags |= {"eval_every": args.eval_every if watched else 0, "eval_samples": 0}
+    flags |= {"eval_every": args.eval_every, "eval_kl": True} if watched else {"eval_every": 0}
+    flags |= {"eval_samples": 0}  # eval_diversity.py samples, by the paper's 25 a prompt
     flags |= {"steps": args.steps} if args.steps else {}
     scores = {"model": start if method == "sft" else f"{out}/model", "reference": start, "seed": seed}
     scores |= {"samples": args.samples, "features_top": 50, "bootstrap": 0, "json": f"{out}/scored.json"}
@@ -297,9 +298,8 @@ def draw_curves(rows, key: str, what: str, factor: float):
             chosen, rejected = point[f"{key}_chosen"], point[f"{key}_rejected"]
             points.setdefault(point["step"], []).append((chosen, rejected, abs(factor * (rejected - chosen))))
         for panel, ax in enumerate(axes if points else []):
-            mean, deviation = zip(
-                *(mean_deviation([v[panel] for v in p]) for p in points.values()), strict=True
-            )
+            statistic = [mean_deviation([seed[panel] for seed in step]) for step in points.values()]
+            mean, deviation = zip(*statistic, strict=True)
             low, high = ([m + sign * d for m, d in zip(mean, deviation, strict=True)] for sign in (-1, 1))
             ax.plot(list(points), mean, color=colour, label=label)
             ax.fill_between(list(points), low, high, color=colour, alpha=0.2, linewidth=0)
@@ -374,12 +374,8 @@ def sae_setting(preset: str, layers, site="res") -> tuple[str, str, dict]:
     label = f"{site}, layer {', '.join(map(str, mine))}" + f" (paper: {', '.join(map(str, layers))})" * toy
     if (tuple(layers), site) == ((25,), "res"):
         return label, "fpo", {}
-    flags = {"sae_layer": mine, "sae_site": site}
-    if not toy:
-        flags |= {
-            "sae": f"google/gemma-scope-2b-pt-{site}",
-            "sae_l0": [GEMMA_L0[site][layer] for layer in layers],
-        }
+    flags, l0s = {"sae_layer": mine, "sae_site": site}, [GEMMA_L0[site][layer] for layer in layers]
+    flags |= {} if toy else {"sae": f"google/gemma-scope-2b-pt-{site}", "sae_l0": l0s}
     return label, f"fpo_{site}{'_'.join(map(str, mine))}", flags
 
 
@@ -392,9 +388,8 @@ def ablation_plan(preset: str) -> dict:
             plan["Table 3, layer and site"].append((label, name, "fpo", flags, paper))
     for alpha, papers in TABLE_3_ALPHAS.items():
         for stopped, paper in zip((False, True), papers, strict=True):
-            flags = ({} if alpha == 0.5 else {"alpha": alpha}) | (
-                {} if stopped else {"no_stop_gradient": True}
-            )
+            flags = {} if alpha == 0.5 else {"alpha": alpha}
+            flags |= {} if stopped else {"no_stop_gradient": True}
             name = alpha_name(alpha) + "_through" * (not stopped)
             label = f"α = {alpha:g}, {'with' if stopped else 'without'} stop-gradient"
             plan["Table 3, α and stop-gradient"].append((label, name, "fpo", flags, paper))
@@ -415,10 +410,8 @@ def ablation(args):
             run = make_run(args, name, method, seed, flags, watched=not flags and name in METHODS)
             runs[run["folder"]] = run
     rows = do_runs(args, list(runs.values()))
-    lines = {
-        title: [(label, name, paper) for label, name, _, _, paper in lines] for title, lines in plan.items()
-    }
-    publish(args, rows, {title: table(rows, part, SHORT) for title, part in lines.items()}, {})
+    lines = lambda title: [(label, name, paper) for label, name, _, _, paper in plan[title]]  # noqa: E731
+    publish(args, rows, {title: table(rows, lines(title), SHORT) for title in plan}, {})
 
 
 def find_run(args, style: str, seed: int, criterion="difference") -> dict:

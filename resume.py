@@ -45,7 +45,7 @@ FREE |= {
     "sft_dataset",
     "sft_eval_dataset",
 }
-FREE |= {"wandb", "tensorboard", "push_to_hub", "plan"}
+FREE |= {"wandb", "tensorboard", "push_to_hub", "plan", "gpu_gb", "ranks"}
 
 
 # ---------------------------------------------------------------------------- pieces

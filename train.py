@@ -86,7 +86,7 @@ def check_args(args):
         raise ValueError(
             f"--eval_samples {args.eval_samples}: must be 0 with --shard fsdp; sample from the saved model"
         )
-    if args.shard == "fsdp" and "RANK" not in os.environ:
+    if args.shard == "fsdp" and "RANK" not in os.environ and not args.plan:
         raise ValueError("--shard fsdp: start it with torchrun")
     if not 0 <= args.warmup_ratio < 1:
         raise ValueError(f"--warmup_ratio {args.warmup_ratio}: must be from 0 to below 1")
@@ -161,6 +161,28 @@ def bad_pairs(seen: list) -> list[int]:
 
 
 # ---------------------------------------------------------------------------- before the loop
+def print_plan(args):
+    """--plan: the memory that a rank on CUDA will need, item by item; no weight is loaded."""
+    import bench
+
+    if args.preset in bench.SHAPES and not os.path.isdir(args.model):  # known without a download
+        config = bench.shape_config(args.preset, "flex_attention")
+    else:
+        config = presets.load_config(args.model)
+    width = int(args.sae_width.removesuffix("k")) * (1024 if args.sae_width.endswith("k") else 1)
+    items = bench.plan(
+        config, method=args.method, dtype=args.dtype or "bfloat16", rule=args.optimizer, ranks=args.ranks,
+        shard=args.shard, micro_batch_tokens=args.micro_batch_tokens or 8 * args.max_length,
+        response_share=1.0, checkpointing=args.activation_checkpointing,
+        sae_shape=(config.hidden_size, width), row_tokens=args.max_length,
+    )  # fmt: skip
+    bench.print_plan(items, args.gpu_gb)
+    if torch.cuda.is_available():
+        print("compare peak_memory_gb in metrics.jsonl")
+    else:
+        print("not checked: no CUDA here")
+
+
 def load_run(args, device, main_rank):
     """Data first, then SAEs and the model: a wrong value ends the run before anything large is loaded.
 
@@ -283,6 +305,8 @@ def main(argv=None):
     # ---- processes, data, model
     with presets.one_line_errors():
         args = parse_args(argv)
+        if args.plan:
+            return print_plan(args)
     device = presets.start_processes()
     rank, world = fpo.ranks()
     main_rank = rank == 0

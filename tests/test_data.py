@@ -196,6 +196,32 @@ def test_files_of_every_kind(tmp_path, gemma, kind):
     assert wheres[1].endswith("data.jsonl:2" if kind == "jsonl" else "[1]")
 
 
+@pytest.mark.parametrize(
+    "source, expected",
+    [
+        ("owner/name", ("owner/name", None, "train", None)),
+        ("owner/name:test_prefs", ("owner/name", None, "test_prefs", None)),
+        ("owner/name@v1", ("owner/name", None, "train", "v1")),
+        ("name@v1:train[:10]", ("name", None, "train[:10]", "v1")),
+        ("{folder}", ("{folder}", None, "train", None)),
+        ("{folder}:test", ("{folder}", None, "test", None)),
+        ("{folder}/a@b.json:train[1:]", ("json", "{folder}/a@b.json", "train[1:]", None)),
+    ],
+)
+def test_name_revision_and_split(tmp_path, monkeypatch, source, expected):
+    def load_dataset(name, *, data_files, split, revision):
+        calls.append((name, data_files, split, revision))
+        return [GOOD]
+
+    calls = []
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    write(tmp_path / "a@b.json", GOOD)
+    fill = lambda text: text and text.replace("{folder}", str(tmp_path))  # noqa: E731
+    ((where, record),) = read_records(fill(source))
+    assert calls == [tuple(fill(part) for part in expected)] and record == GOOD
+    assert where == f"{fill(source).partition(':')[0].partition('@v1')[0]}[0]"
+
+
 # ---------------------------------------------------------------- SFT
 HELLO = "<bos><start_of_turn>user\nhi<end_of_turn>\n<start_of_turn>model\n"
 TALK = [user("hi"), says("a b"), user("more?"), says("c")]

@@ -162,7 +162,7 @@ def test_sampling_depends_on_seed_alone(lm, tokenizer):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_sampling_draws_from_the_nucleus(lm, tokenizer, temperature):
-    """Frequencies of the first token against the model's probabilities, cut to the least set that reaches p."""
+    """Frequencies of the first token against the model's, cut to the smallest set that reaches p."""
     prompt, n = [2, 5, 9, 30], 3000
     options = {"samples": n, "max_new_tokens": 1, "top_p": 0.6, "temperature": temperature}
     out, _ = draw(lm, tokenizer, [prompt], batch_size=500, **options)
@@ -385,10 +385,10 @@ def test_questions_that_are_none(tmp_path):
 
 # ---------------------------------------------------------------------------- the script
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, lm, sae, tokenizer):
+def folder(tmp_path_factory, talker, sae, tokenizer):
     """A directory with a policy, its reference, an SAE and pairs; the flags that name them."""
     folder = tmp_path_factory.mktemp("eval")
-    for name, model in (("policy", lm), ("reference", make_lm())):
+    for name, model in (("policy", talker), ("reference", nudge(talker))):
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     np.savez(folder / "sae.npz", **{name: getattr(sae, name).numpy() for name in ARRAYS})

@@ -207,6 +207,13 @@ def test_straight_through_gradients_by_hand():
     assert theta.grad.item() == pytest.approx(-(2 * 3 * 1.0 + 2 * 10) / 0.4)
 
 
+def test_an_sae_follows_the_unit_of_its_states():
+    h = torch.randn(400, 8, generator=torch.Generator().manual_seed(0)) + 1
+    one, eight = (toy.train_sae(x, seed=0, title="test", m=32, steps=30) for x in (h, 8 * h))
+    for name, factor in {"W_enc": 1, "W_dec": 1, "b_enc": 8, "b_dec": 8, "threshold": 8}.items():
+        assert torch.allclose(eight[name], factor * one[name], rtol=1e-4, atol=1e-5), name
+
+
 # ---- a whole world ----
 
 
@@ -286,11 +293,16 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch, stage):
     if stage != "train_model":
         monkeypatch.setattr(toy, "train_model", lambda *args, **kwargs: None)
     monkeypatch.setattr(toy, stage, stop)
-    before = torch.get_rng_state(), torch.get_num_threads()
-    with pytest.raises(Interrupted):
-        toy.make_world(tmp_path / "toy")
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with pytest.raises(Interrupted):
+            toy.make_world(tmp_path / "toy")
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
     assert list(tmp_path.iterdir()) == []
-    assert torch.equal(torch.get_rng_state(), before[0]) and torch.get_num_threads() == before[1]
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_installing_over_a_world_keeps_what_else_is_there(tmp_path, monkeypatch):
