@@ -172,7 +172,7 @@ class _Sampler(LogitsProcessor):
         self.entropy.append(-(log_p.exp() * log_p).sum(-1))
         kept = log_p
         if self.top_p < 1:
-            p, k = (log_p / self.temperature.clamp(min=1e-6)).softmax(-1), 64
+            p, k = (log_p / self.temperature.clamp(min=1e-6)).softmax(-1), 128
             top = p.topk(min(k, p.shape[1]))
             while k < p.shape[1] and (top.values.sum(-1) < self.top_p).any():  # faster than a sort of all
                 k *= 4
