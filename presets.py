@@ -178,7 +178,7 @@ def load_lm(name: str, device, *, dtype=torch.float32):
 
 
 def load_saes(args, device):
-    """The SAEs of `--sae_layer …`, and where each reads: (layer, site). The encoders alone go to the device."""
+    """The SAEs of `--sae_layer …`, and where each reads: (layer, site). Only encoders go to the device."""
     source, revision = split_revision(args.sae)
     options = {
         "width": args.sae_width,
