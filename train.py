@@ -228,11 +228,12 @@ def load_policy(name, args, device, saes, sites):
 
 
 def load_reference(args, device):
-    """The frozen reference, to be held beside the policy."""
+    """The frozen reference, to be held beside the policy, and the digest of its weights."""
     lm = presets.load_lm(args.reference, device, dtype=presets.DTYPES[args.dtype])
+    digest = fpo.digest(lm.state_dict())
     if args.shard == "fsdp":
         precision.shard_layers(lm, dtype=presets.DTYPES[args.dtype])
-    return lm
+    return lm, digest
 
 
 def offline_reference(args, policy, digest, data, device, saes, sites, rows, budget):
@@ -330,13 +331,14 @@ def main(argv=None):
         if main_rank:
             print(f"reference: {cache.folder}, {cache.size() / len(pairs) / 1e3:.1f} kB a pair")
     elif args.method in fpo.NEEDED:
-        policy.hold_reference(load_reference(args, device))
+        reference, digest = load_reference(args, device)
+        policy.hold_reference(reference)
 
     def scores(samples):
         """Held-out scores; where the KL is wanted, the reference is loaded for it alone."""
         lent = args.eval_kl and args.method not in (*fpo.NEEDED, "sft")
         if lent:
-            policy.hold_reference(load_reference(args, device))
+            policy.hold_reference(load_reference(args, device)[0])
         result = evaluate(
             policy, tokenizer, held_out, cache=held_out_cache, k=args.k, samples=samples,
             max_new_tokens=args.eval_tokens, seed=args.seed, progress=main_rank, **budget, **rows,
