@@ -1,4 +1,4 @@
-"""What the README says is so: its functions exist, its commands parse, its snippet runs, its files are there."""
+"""What the README says is so: its functions exist, its commands parse, its snippet runs."""
 
 import contextlib
 import importlib
