@@ -295,9 +295,9 @@ def model_card(args, scores: dict) -> str:
 
 def print_table(scores: dict):
     """The run in a few lines: held-out scores before and after."""
-    print(f"\n{'held-out':<22}{'before':>10}{'after':>10}")
+    print(f"\n{'held-out':<30}{'before':>10}{'after':>10}")
     for name, (before, after) in scores.items():
-        print(f"{name:<22}{before:>10.4f}{after:>10.4f}")
+        print(f"{name:<30}{before:>10.4f}{after:>10.4f}")
 
 
 # ---------------------------------------------------------------------------- main

@@ -52,7 +52,7 @@ def test_table_puts_the_papers_row_beside_ours():
 
 
 def test_collect_reads_training_accuracy_and_the_curve(tmp_path):
-    steps = [{"step": i, "accuracy": i / 10} for i in range(1, 11)]
+    steps = [{"step": i, "accuracy": i / 20} for i in range(1, 21)]
     steps[3]["eval_kl_rejected"] = 7.0
     steps[3]["eval_accuracy"] = 0.6
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
@@ -67,8 +67,8 @@ def test_collect_reads_training_accuracy_and_the_curve(tmp_path):
         "commands": [["python", "train.py"]],
     }
     row = reproduce.collect(run)
-    assert row["scores"] == {"entropy": 1.5, "train_accuracy": pytest.approx(0.95)}  # steps 9 and 10
-    assert [(p["step"], p["kl_rejected"]) for p in row["curve"]] == [(0, 0.0), (4, 7.0), (10, 9.0)]
+    assert row["scores"] == {"entropy": 1.5, "train_accuracy": pytest.approx(0.925)}  # steps 17 to 20
+    assert [(p["step"], p["kl_rejected"]) for p in row["curve"]] == [(0, 0.0), (4, 7.0), (20, 9.0)]
     assert row["curve"][1]["accuracy"] == 0.6
     assert (row["seed"], row["seconds"]) == (2, 3.0)
 
