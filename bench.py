@@ -176,7 +176,8 @@ class Steps:
         self.sae, self.reference = None, make_lm(args).to("cpu") if set(methods) & set(fpo.NEEDED) else None
         if "fpo" in methods:  # its hook stands before the first compiled forward, and is off in others' turns
             self.sae = make_sae(self.lm, args.sae_width)
-            self.reading = fpo.Policy(self.lm, (self.sae,), ((len(self.lm.model.layers) - 1, "res"),))
+            where = ((len(self.lm.model.layers) - 1, "res"),)
+            self.reading = fpo.Policy(self.lm, (self.sae,), where, k=50)
         self.parameters = list(self.lm.parameters())
         share = share_of(self.parameters, args.rank_of)
         self.optimizer = precision.make_optimizer(args.rule, share, 5e-7, shard=False)

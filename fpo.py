@@ -243,12 +243,12 @@ def token_statistics(
 
 # ---------------------------------------------------------------------------- the SAE's features
 class _PooledFeatures(torch.autograd.Function):
-    """Mean SAE features per response, over chunks of tokens; backward makes each chunk's features again."""
+    """Mean SAE features per response, over chunks of tokens; backward makes the features it needs again."""
 
     @staticmethod
-    def forward(ctx, states, W_enc, b_enc, threshold, owner, lengths, chunk):
+    def forward(ctx, states, W_enc, b_enc, threshold, owner, lengths, chunk, most):
         ctx.save_for_backward(states, W_enc, b_enc, threshold, owner, lengths)
-        ctx.chunk = chunk
+        ctx.chunk, ctx.most = chunk, most
         pooled = torch.zeros(len(lengths), W_enc.shape[1], dtype=W_enc.dtype, device=states.device)
         for i in range(0, len(states), chunk):
             z = torch.addmm(b_enc, states[i : i + chunk].to(W_enc.dtype), W_enc)
@@ -259,12 +259,18 @@ class _PooledFeatures(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         states, W_enc, b_enc, threshold, owner, lengths = ctx.saved_tensors
+        if ctx.most is not None and ctx.most * len(g) < W_enc.shape[1]:
+            size, most = g.abs().amax(0), ctx.most * len(g)
+            columns = size.topk(most).indices
+            W_enc, b_enc, threshold = W_enc[:, columns], b_enc[columns], threshold[columns]
+            # Should more features have a gradient than was promised, it must not go wrong in silence.
+            g = g[:, columns].masked_fill((size != 0).sum() > most, torch.nan)
         d_states = torch.empty_like(states)
         for i in range(0, len(states), ctx.chunk):
             z = torch.addmm(b_enc, states[i : i + ctx.chunk].to(W_enc.dtype), W_enc)
             d_c = _mean_matrix(owner[i : i + ctx.chunk], lengths, W_enc.dtype).T @ g
             d_states[i : i + ctx.chunk] = torch.where(z > threshold, d_c, 0.0) @ W_enc.T
-        return d_states, *(None,) * 6
+        return d_states, *(None,) * 7
 
 
 def _mean_matrix(owner, lengths, dtype):
@@ -273,17 +279,19 @@ def _mean_matrix(owner, lengths, dtype):
     return mine.to(dtype) / lengths.clamp(min=1)[:, None]
 
 
-def pooled_features(states, sae: JumpReLUSAE, owner, lengths):
+def pooled_features(states, sae: JumpReLUSAE, owner, lengths, most=None):
     """c̄: the SAE's features averaged over each response's positions (Eq. 5, Eq. 10).
 
     Args:
         states: (N, d), what the SAE reads at the N positions; gradient goes to them alone.
         owner: (N,) which response a position belongs to.
         lengths: (responses,) positions of each.
+        most: promise that no more features of a response get a gradient (2 k of Eq. 10): the backward then
+            makes those alone, a tenth of the work. A broken promise gives NaN gradients. None: any may.
     Returns:
         (responses, m) float32.
     """
-    return _PooledFeatures.apply(states, sae.W_enc, sae.b_enc, sae.threshold, owner, lengths, 1024)
+    return _PooledFeatures.apply(states, sae.W_enc, sae.b_enc, sae.threshold, owner, lengths, 1024, most)
 
 
 # ---------------------------------------------------------------------------- one forward for everything
@@ -299,9 +307,10 @@ class Policy(nn.Module):
         lm: a Hugging Face decoder with `model.layers`; eager or flex_attention.
         saes: JumpReLUSAEs, on lm's device.
         sites: (layer, site) of each.
+        k: of D_FPO; a promise that features get a gradient through it alone, at most 2 k of a response.
     """
 
-    def __init__(self, lm, saes=(), sites=()):
+    def __init__(self, lm, saes=(), sites=(), k=None):
         super().__init__()
         head = lm.get_output_embeddings()
         odd = [n for n in ("logit_scale", "logits_scaling") if getattr(lm.config, n, None) not in (None, 1.0)]
@@ -311,7 +320,7 @@ class Policy(nn.Module):
             raise ValueError(
                 f"attention {lm.config._attn_implementation!r}: eager or flex_attention is needed"
             )
-        self.lm = lm
+        self.lm, self._most = lm, None if k is None else 2 * k
         self._saes, self._sites = tuple(saes), tuple(sites)
         self._hooks = self._hook(lm)
         self._reference, self._reference_hooks = (), ()
@@ -361,7 +370,7 @@ class Policy(nn.Module):
         mine = batch.owner == torch.arange(len(batch.lengths), device=batch.owner.device)[:, None]
         total = lambda x: None if x is None else mine.to(x.dtype) @ x  # noqa: E731
         features = lambda read: tuple(  # noqa: E731
-            pooled_features(h, sae, batch.owner, batch.lengths)
+            pooled_features(h, sae, batch.owner, batch.lengths, self._most)
             for h, sae in zip(read, self._saes, strict=True)
         )
         policy = Statistics(total(logps), batch.lengths, features(sites), total(kl), total(H))

@@ -216,7 +216,7 @@ def load_policy(name, args, device, saes, sites):
     digest = fpo.digest(lm.state_dict())
     if args.activation_checkpointing:
         lm.activation_checkpointing_enable({"use_reentrant": False})
-    policy = fpo.Policy(lm, saes, sites)
+    policy = fpo.Policy(lm, saes, sites, args.k)
     if args.compile:  # hooks come first; one inside a compiled block (mlp, att) would not fire
         inside = [layer for layer, site in sites if site != "res"]
         for number, layer in enumerate(lm.model.layers):

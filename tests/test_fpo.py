@@ -61,8 +61,8 @@ def plain(lm, reference, saes, pairs):
     return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
 
-def policy_of(lm, saes, reference=None):
-    policy = fpo.Policy(copy.deepcopy(lm), saes, SITES)
+def policy_of(lm, saes, reference=None, k=None):
+    policy = fpo.Policy(copy.deepcopy(lm), saes, SITES, k)
     if reference is not None:
         policy.hold_reference(copy.deepcopy(reference))
     return policy
@@ -100,8 +100,8 @@ def test_loss_and_gradient_are_those_of_plain_logits(lm, reference, saes, method
     """Loss and every weight's gradient, against losses.py on transformers' own logits."""
     pairs, B = make_pairs(4, seed=3), 4
     table = {"beta": 0.3, "alpha": 0.7, "gamma": 0.4}
-    policy = policy_of(lm, saes, reference)
-    loss, _ = fpo.method_loss(method, *policy(collate(pairs, range(B), **rows)), **table, k=10)
+    policy = policy_of(lm, saes, reference, k=4)
+    loss, _ = fpo.method_loss(method, *policy(collate(pairs, range(B), **rows)), **table, k=4)
     loss.mean().backward()
 
     twin = copy.deepcopy(lm)
@@ -110,7 +110,7 @@ def test_loss_and_gradient_are_those_of_plain_logits(lm, reference, saes, method
     ref_w, ref_l = x["ref_logps"].detach().chunk(2)
     n_w, n_l = x["lengths"].chunk(2)
     kl_w, kl_l = x["kl"].chunk(2)
-    mse = sum(losses.feature_mse(x[f"features{s}"], x[f"ref_features{s}"], k=10) for s in (0, 1)) / 2
+    mse = sum(losses.feature_mse(x[f"features{s}"], x[f"ref_features{s}"], k=4) for s in (0, 1)) / 2
     four, b, a, c = (w, l, ref_w, ref_l), {"beta": 0.3}, {"alpha": 0.7}, {"gamma": 0.4}
     expected = {
         "sft": lambda: losses.sft_loss(w, n_w),
@@ -282,7 +282,7 @@ def test_pooled_features_against_the_kept_ones(saes):
     h = torch.randn(13, saes[0].d, requires_grad=True)
     g = torch.randn(4, M)
     sae = saes[0]
-    pooled = fpo._PooledFeatures.apply(h, sae.W_enc, sae.b_enc, sae.threshold, owner, lengths, 4)
+    pooled = fpo._PooledFeatures.apply(h, sae.W_enc, sae.b_enc, sae.threshold, owner, lengths, 4, None)
     (pooled * g).sum().backward()
     grad, h.grad = h.grad, None
     expected = torch.stack(
@@ -291,6 +291,28 @@ def test_pooled_features_against_the_kept_ones(saes):
     (expected * g).sum().backward()
     torch.testing.assert_close(pooled, expected, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(grad, h.grad, atol=1e-6, rtol=1e-5)
+
+
+def test_pooled_backward_of_few_features(saes):
+    """A gradient on at most 3 features of each of 4 responses: as in full; on more: NaN, not silently wrong."""
+    torch.manual_seed(0)
+    lengths, sae = torch.tensor([5, 2, 7, 1]), saes[0]
+    owner = torch.arange(4).repeat_interleave(lengths)
+    h = torch.randn(15, sae.d)
+    for features in (3, 40):
+        g = torch.zeros(4, M)
+        for row in g:
+            row[torch.randperm(M)[:features]] = torch.randn(features)
+        grads = []
+        for most in (None, 3):
+            x = h.clone().requires_grad_()
+            (fpo.pooled_features(x, sae, owner, lengths, most) * g).sum().backward()
+            grads.append(x.grad)
+        assert grads[0].abs().max() > 0.01
+        if features == 3:
+            torch.testing.assert_close(grads[1], grads[0], atol=1e-6, rtol=1e-5)
+        else:
+            assert grads[1].isnan().any()
 
 
 # ---- the reference cache
