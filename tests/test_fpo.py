@@ -294,7 +294,7 @@ def test_pooled_features_against_the_kept_ones(saes):
 
 
 def test_pooled_backward_of_few_features(saes):
-    """A gradient on at most 3 features of each of 4 responses: as in full. On more: NaN, not a wrong value."""
+    """A gradient on at most 3 features of each of 4 responses: as in full. On more of them: NaN."""
     torch.manual_seed(0)
     lengths, sae = torch.tensor([5, 2, 7, 1]), saes[0]
     owner = torch.arange(4).repeat_interleave(lengths)
