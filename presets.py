@@ -38,7 +38,7 @@ GEMMA_2 = {
     "base": "google/gemma-2-2b",
     "sae": "google/gemma-scope-2b-pt-res",
     "sae_layer": [25],  # the last, best in Table 3
-    "sae_l0": 55,  # the authors' code's
+    "sae_l0": [55],  # the authors' code's
     "dataset": f"{ULTRAFEEDBACK}:train_prefs",
     "eval_dataset": f"{ULTRAFEEDBACK}:test_prefs",
     "sft_dataset": f"{ULTRACHAT}:train_sft",
@@ -183,10 +183,13 @@ def load_saes(args, device):
     options = {
         "width": args.sae_width,
         "site": args.sae_site,
-        "average_l0": args.sae_l0,
         "revision": revision,
     }
-    saes = [load_sae(source, layer=layer, **options) for layer in args.sae_layer]
+    l0s = args.sae_l0 or [None]
+    if len(l0s) not in (1, len(args.sae_layer)):
+        raise ValueError(f"--sae_l0 {l0s}: one value, or one for each of --sae_layer {args.sae_layer}")
+    wanted = zip(args.sae_layer, l0s if len(l0s) > 1 else l0s * len(args.sae_layer), strict=True)
+    saes = [load_sae(source, layer=layer, average_l0=l0, **options) for layer, l0 in wanted]
     for sae in saes:
         for name in ("W_enc", "b_enc", "threshold"):
             setattr(sae, name, getattr(sae, name).to(device))
@@ -280,7 +283,12 @@ def shared_flags(parser: argparse.ArgumentParser):
     add("--sae_layer", type=int, nargs="+", help="0-based; of several D_FPO is averaged (Table 7)")
     add("--sae_width", help="16k in Table 5")
     add("--sae_site", choices=("res", "mlp", "att"), help="residual, as in Table 5, or MLP (Table 3)")
-    add("--sae_l0", type=float, help="average L0; none: the nearest to 100 (2b: 55, the authors')")
+    add(
+        "--sae_l0",
+        type=float,
+        nargs="+",
+        help="average L0, for all layers or for each (none: nearest to 100)",
+    )
     add("--k", type=int, default=50, help="of Eq. 10 (authors' code: 50)")
 
 

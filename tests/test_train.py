@@ -182,7 +182,7 @@ def test_presets_are_table_5():
             assert (args.lr, args.warmup_steps, args.schedule, args.batch_size) == (5e-7, 150, "constant", 32)
             assert (args.epochs, args.optimizer, args.sae_width, args.k) == (1, optimizer, "16k", 50)
             assert args.activation_checkpointing is True
-    assert train.parse_args([]).sae_layer == [25] and train.parse_args([]).sae_l0 == 55
+    assert train.parse_args([]).sae_layer == [25] and train.parse_args([]).sae_l0 == [55]
     nine = train.parse_args(["--preset", "gemma-2-9b"])
     assert nine.sae_layer == [41] and nine.sae_l0 is None and nine.sae == "google/gemma-scope-9b-pt-res"
 
