@@ -72,6 +72,7 @@ def parse_args(argv=None):
     add("--rank_of", type=int, default=1, help="one rank of N: its share of the optimizer's states")
     add("--peak_tflops", type=float, help="of the device, for MFU (known: A100, H100, H200)")
     add("--json", help="write all figures to this file")
+    add("--draw", nargs=2, metavar=("JSON", "SVG"), help="draw a --json file of one shape beside Fig. 4")
     add("--head_only", **on, help="the head alone, against plain logits")
     add("--reference_pass", **on, help="Phase 1, against a bare forward")
     add("--updates", **on, help="updates that bf16 weights lose at lr 5e-7")
@@ -319,6 +320,38 @@ def methods_table(args):
     return {"tokens_real": real, "tokens_computed": computed, "methods": rows}
 
 
+PAPER_FIG_4 = {"tdpo2": 53.5, "tdpo1": 50.1, "dpo": 47.6, "fpo": 45.5, "simpo": 45.1}  # GB, one H100, 2B
+
+
+def draw_figure(json_file, path):
+    """Step time and memory of each method against SimPO's, from a --json file, beside the paper's Fig. 4."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot as plt
+
+    run = json.loads(Path(json_file).read_text())
+    ((shape, figures),) = run["figures"].items()
+    rows = {row["method"]: row for row in figures["methods"]}
+    names, grey = [name for name in PAPER_FIG_4 if name in rows], "#7f7f7f"
+    bars = [
+        ("step time / SimPO's", [rows[name]["time/SimPO"] for name in names]),
+        ("peak memory / SimPO's", [rows[name]["memory/SimPO"] for name in names]),
+        ("memory / SimPO's, paper (2B, H100)", [PAPER_FIG_4[name] / PAPER_FIG_4["simpo"] for name in names]),
+    ]
+    plt.rcParams.update(dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor"), grey))
+    figure, axes = plt.subplots(1, 3, figsize=(10, 3), sharey=True, layout="constrained")
+    for axis, (label, values) in zip(axes, bars, strict=True):
+        axis.barh(names, values, color=["#d6336c" if name == "fpo" else "#8c8c8c" for name in names])
+        axis.set_xlabel(label)
+        axis.tick_params(colors=grey)
+        axis.spines[["top", "right"]].set_visible(False)
+        for y, value in enumerate(values):
+            axis.text(value, y, f" {value:.2f}", va="center", color=grey)
+    figure.suptitle(f"{shape}, {run['device']}", color=grey)
+    figure.savefig(path, transparent=True)
+
+
 def head_only(args):
     """The head alone, forward and backward, chunked and plain: time, and peak memory above its inputs."""
     N, d, V = 1024, 2304, args.vocab or 256_000
@@ -555,6 +588,8 @@ def print_plan(items, gpu_gb=80.0):
 def main(argv=None):
     """Run what the flags ask for."""
     args = parse_args(argv)
+    if args.draw:
+        return draw_figure(*args.draw)
     if args.peer:
         if importlib.util.find_spec("trl") is None:
             raise SystemExit("--peer trl: TRL is not installed: pip install trl==1.16.0")
