@@ -189,9 +189,8 @@ class _TokenStatistics(torch.autograd.Function):
     def backward(ctx, g_logp, g_kl, *_):
         states, weight, targets, ref_states, ref_weight, logsumexp, ref_logsumexp = ctx.saved_tensors
         rows = torch.arange(len(states), device=states.device)
-        need_states, need_weight = ctx.needs_input_grad[:2]
-        d_states = torch.zeros_like(states, dtype=logsumexp.dtype) if need_states else None
-        d_weight = torch.empty_like(weight) if need_weight else None
+        d_states = torch.zeros_like(states, dtype=logsumexp.dtype)
+        d_weight = torch.empty_like(weight)
         g_logp = torch.zeros_like(logsumexp) if g_logp is None else g_logp
         for v in range(0, len(weight), ctx.chunk):
             W = weight[v : v + ctx.chunk]
@@ -204,11 +203,13 @@ class _TokenStatistics(torch.autograd.Function):
             here = (targets >= v) & (targets < v + g.shape[1])
             g[rows, (targets - v).clamp(0, g.shape[1] - 1)] += torch.where(here, g_logp, 0.0)
             g = (g if slope is None else g.mul_(slope)).to(states.dtype)
-            if need_states:
+            if g.dtype == d_states.dtype:  # in place, where nothing needs a wider sum
+                d_states.addmm_(g, W)
+                torch.mm(g.T, states, out=d_weight[v : v + ctx.chunk])
+            else:
                 d_states += _product(g, W)
-            if need_weight:
                 d_weight[v : v + ctx.chunk] = _product(g.T, states)
-        return (d_states.to(states.dtype) if need_states else None, d_weight, *(None,) * 6)
+        return d_states.to(states.dtype), d_weight, *(None,) * 6
 
 
 def _online(top, mass, inner, z, x):
