@@ -517,17 +517,21 @@ def build_reference(
     groups, ends = _shard_batches(pairs, missing[rank::world], rows["layout"], budget)
     groups = lockstep(groups, device)
     policy.eval()
-    parts = []
+    parts, dropped = [], []
     bar = tqdm(total=len(groups), desc="reference (Phase 1)", unit=" batches", disable=rank > 0 or not groups)
     with torch.no_grad(), bar:
         for i, (batch, _) in enumerate(stream(pairs, groups, device=device, **rows)):
             statistics, _ = policy(batch)
             if groups[i]:
-                parts.append(_sparse(batch.index, statistics, identity["cache_top"]))
+                parts.append(_sparse(batch.index, statistics, identity["cache_top"], dropped))
             if i in ends:
                 _write_shard(shards[ends[i]], parts)
                 parts = []
             bar.update()
+    if dropped and rank == 0:
+        share, largest = (torch.stack(column) for column in zip(*dropped, strict=True))
+        what = f"{share.mean():.2%} are dropped, the largest {largest.max():.3g}"
+        print(f"--cache_top: of the squared activations {what}")
     barrier()
     if lock:
         lock.close()
@@ -544,19 +548,25 @@ def _shard_batches(pairs, shards, layout, budget):
     return groups, ends
 
 
-def _sparse(index, statistics, top):
-    """Per pair of a batch: its index, both log-probabilities, and per SAE the non-zero features of both
-    responses.
+def _sparse(index, statistics, top, dropped):
+    """Per pair of a batch: its index, both log-probabilities, per SAE the non-zero features of both sides.
+
+    With `top` a response keeps its so many largest features; `dropped` then gets, of each batch, the share
+    of the squared activations that was left out, and the largest activation among them.
     """
     logps = statistics.logps.cpu().view(2, -1).T
     kept = []
     for c in statistics.features:
         c = c.cpu()
         if top:
-            c = torch.zeros_like(c).scatter(1, (best := c.topk(min(top, c.shape[1]))).indices, best.values)
+            best = c.topk(min(top, c.shape[1]))
+            rest = c.scatter(1, best.indices, 0.0)
+            dropped.append((rest.square().sum() / c.square().sum().clamp(min=1e-30), rest.max()))
+            c = c - rest
         kept.append([[(row.nonzero()[:, 0].int(), row[row != 0]) for row in side] for side in c.chunk(2)])
-    for b, i in enumerate(index.tolist()):
-        yield i, logps[b], [[side[b] for side in sides] for sides in kept]
+    return [
+        (i, logps[b], [[side[b] for side in sides] for sides in kept]) for b, i in enumerate(index.tolist())
+    ]
 
 
 def _write_shard(path, parts):

@@ -27,7 +27,7 @@ import fpo
 import precision
 import presets
 import resume
-from data import collate, epoch_order, load_pairs, micro_batches
+from data import Renderer, collate, epoch_order, load_pairs, micro_batches
 from eval_diversity import evaluate
 
 
@@ -267,6 +267,10 @@ def save_model(policy, tokenizer, args, scores: dict):
     shutil.rmtree(aside, ignore_errors=True)
     dtype = presets.DTYPES[args.dtype]
     policy.lm.config.dtype = dtype
+    # What it was trained to end a turn with must end generation too; a base model's own config may not know.
+    stops = policy.lm.generation_config.eos_token_id
+    stops = {*(stops if isinstance(stops, list) else [stops]), Renderer(tokenizer).end} - {None}
+    policy.lm.generation_config.eos_token_id = sorted(stops)
     policy.lm.save_pretrained(aside, state_dict={name: tensor.to(dtype) for name, tensor in state.items()})
     tokenizer.save_pretrained(aside)
     (aside / "README.md").write_text(model_card(args, scores))

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import pytest
 import torch
@@ -345,7 +346,8 @@ def test_cache_gives_back_what_the_forward_said(reference, saes, tmp_path, monke
                 torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
 
 
-def test_cache_top_keeps_the_largest(reference, saes, tmp_path):
+def test_cache_top_keeps_the_largest(reference, saes, tmp_path, capsys):
+    """And says what it drops, of both SAEs: the share of the squares, the largest."""
     pairs = make_pairs(4)
     policy = policy_of(reference, saes)
     full, small = build(policy, pairs, tmp_path), build(policy, pairs, tmp_path, cache_top=12)
@@ -353,6 +355,14 @@ def test_cache_top_keeps_the_largest(reference, saes, tmp_path):
     whole, top = full.lookup(torch.arange(4)).features[0], small.lookup(torch.arange(4)).features[0]
     assert ((top > 0).sum(1) == 12).all() and ((whole > 0).sum(1) > 12).all()
     torch.testing.assert_close(top.topk(12).values, whole.topk(12).values)
+    said = re.search(r"([\d.]+)% are dropped, the largest ([\d.]+)", capsys.readouterr().out)
+    every = full.lookup(torch.arange(4)).features
+    rest = [c.sort(descending=True).values[:, 12:] for c in every]
+    assert float(said[2]) == pytest.approx(max(r.max().item() for r in rest), rel=1e-2)
+    low, high = (
+        f(r.square().sum() / c.square().sum() for r, c in zip(rest, every, strict=True)) for f in (min, max)
+    )
+    assert 0.8 * low < float(said[1]) / 100 < 1.2 * high
 
 
 def test_cache_identity(reference, saes, tmp_path):

@@ -129,6 +129,17 @@ def test_not_finite_stops_and_names_the_pairs(folder, monkeypatch):
     assert (folder / "runs/toy/simpo/model/model.safetensors").read_bytes() == saved
 
 
+def test_a_base_model_learns_to_stop(folder):
+    """A generation config that knows EOS alone: the saved one ends at the turn's end too."""
+    model = folder / "base"
+    subprocess.run(["cp", "-rL", folder / "runs/toy/model", model], check=True)
+    config = json.loads((model / "generation_config.json").read_text())
+    (model / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": 1}))
+    train.main(["--method", "sft", *SHORT, "--steps", "1", "--model", "./base"])
+    saved = json.loads((folder / "runs/toy/sft/model/generation_config.json").read_text())
+    assert saved["eos_token_id"] == [1, 107]
+
+
 def test_activation_checkpointing_changes_nothing(folder):
     """The same three steps, blocks kept or made again, shared rows or separate ones."""
     runs = []
