@@ -409,9 +409,11 @@ class Batch:
     weight: torch.Tensor
 
     def to(self, device, non_blocking=True) -> "Batch":
+        """This batch on a device; from pinned memory without waiting for the copy."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Batch":
+        """This batch in page-locked memory (a DataLoader calls it)."""
         return self._map(torch.Tensor.pin_memory)
 
     def _map(self, function) -> "Batch":
