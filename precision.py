@@ -209,19 +209,21 @@ def clip_gradients(parameters, max_norm):
 
 
 # ---------------------------------------------------------------------------- FSDP2
-def shard_layers(lm, *, dtype=torch.bfloat16):
+def shard_layers(lm, *, dtype=torch.bfloat16, device=None):
     """Shard each of `lm.model.layers` over the ranks; a layer is whole, in `dtype`, only while it computes.
+
+    The model may lie on the CPU: its layers go to `device` (none: the model's) one by one, each as a shard.
 
     Returns: the options of `fully_shard`, for the root. Gradients are summed over the ranks in float32.
     """
-    mesh = init_device_mesh(lm.device.type, (dist.get_world_size(),))
+    mesh = init_device_mesh(torch.device(device or lm.device).type, (dist.get_world_size(),))
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for layer in lm.model.layers:  # a layer without a root over it would stay whole after its forward
         fully_shard(layer, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
     return {"mesh": mesh, "mp_policy": precision}
 
 
-def shard_policy(policy, *, dtype=torch.bfloat16):
+def shard_policy(policy, *, dtype=torch.bfloat16, device=None):
     """Shard a Policy over the ranks in place, FSDP2: each layer, then what is left (the embedding) as root.
 
     The shards are the float32 masters. The root is the policy, since its forward uses the head's weight: with
@@ -232,6 +234,7 @@ def shard_policy(policy, *, dtype=torch.bfloat16):
     Args:
         policy: a Policy with float32 weights.
         dtype: of the computation.
+        device: where to train; none: where the model is.
     Raises: ValueError for weights that are not float32. RuntimeError if head and embedding parted.
     """
     lm = policy.lm
@@ -239,9 +242,9 @@ def shard_policy(policy, *, dtype=torch.bfloat16):
         raise ValueError(f"{odd} weights: the shards are the masters, so they must be float32")
     head, embedding = lm.get_output_embeddings(), lm.get_input_embeddings()
     tied = head.weight is embedding.weight
-    options = shard_layers(lm, dtype=dtype)
+    options = shard_layers(lm, dtype=dtype, device=device)
     for reference in policy._reference:
-        shard_layers(reference, dtype=dtype)
+        shard_layers(reference, dtype=dtype, device=device)
     fully_shard(policy, **options)
     if tied != (head.weight is embedding.weight):
         raise RuntimeError("sharding untied the head from the embedding")

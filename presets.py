@@ -164,7 +164,7 @@ def load_config(name: str):
         return AutoConfig.from_pretrained(name, revision=revision, attn_implementation="flex_attention")
 
 
-def load_lm(name: str, device, *, dtype=torch.float32):
+def load_lm(name: str, device, *, dtype=torch.float32, move=True):
     """A causal LM, NAME or NAME@REVISION. Attention: eager on CPU, flex on CUDA; sdpa has no softcap."""
     name, revision = split_revision(name)
     if not os.path.isdir(name) and (name.startswith((".", "/", "runs/")) or name.count("/") != 1):
@@ -174,7 +174,7 @@ def load_lm(name: str, device, *, dtype=torch.float32):
         lm = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, attn_implementation=attention, revision=revision, use_safetensors=True
         )
-    return lm.to(device)
+    return lm.to(device) if move else lm  # FSDP2 takes it from the CPU, layer by layer
 
 
 def load_saes(args, device):

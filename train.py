@@ -212,7 +212,8 @@ def load_run(args, device, main_rank):
 def load_policy(name, args, device, saes, sites):
     """A Policy as training runs it, and the digest of its weights (of the main rank's; they are the same)."""
     fsdp = args.shard == "fsdp"
-    lm = presets.load_lm(name, device, dtype=presets.DTYPES["float32" if fsdp else args.dtype])
+    dtype = presets.DTYPES["float32" if fsdp else args.dtype]
+    lm = presets.load_lm(name, device, dtype=dtype, move=not fsdp)
     digest = fpo.digest(lm.state_dict())
     if args.activation_checkpointing:
         lm.activation_checkpointing_enable({"use_reentrant": False})
@@ -223,16 +224,18 @@ def load_policy(name, args, device, saes, sites):
             if number not in inside:
                 layer.compile()
     if fsdp:
-        precision.shard_policy(policy, dtype=presets.DTYPES[args.dtype])
+        precision.shard_policy(policy, dtype=presets.DTYPES[args.dtype], device=device)
     return policy, digest
 
 
 def load_reference(args, device):
     """The frozen reference, to be held beside the policy, and the digest of its weights."""
-    lm = presets.load_lm(args.reference, device, dtype=presets.DTYPES[args.dtype])
+    fsdp = args.shard == "fsdp"
+    lm = presets.load_lm(args.reference, device, dtype=presets.DTYPES[args.dtype], move=not fsdp)
     digest = fpo.digest(lm.state_dict())
-    if args.shard == "fsdp":
-        precision.shard_layers(lm, dtype=presets.DTYPES[args.dtype])
+    if fsdp:
+        precision.shard_layers(lm, dtype=presets.DTYPES[args.dtype], device=device)
+        lm.to(device)  # what is not in a layer: the embedding, the final norm
     return lm, digest
 
 
