@@ -155,12 +155,12 @@ def summary(groups, *, bootstrap=0, seed=0) -> dict:
 
 # ---------------------------------------------------------------------------- sampled responses
 class _Sampler(LogitsProcessor):
-    """Temperature, nucleus and Gumbel noise: the largest logit that is left is an exact sample.
+    """Temperature, nucleus and Gumbel noise: the largest logit inside the nucleus is an exact sample.
 
     Greedy decoding then draws it. A row's noise is of its own generator: other rows don't change its draws.
     The nucleus is the smallest set of tokens whose probability, at this temperature, reaches p (Holtzman et
-    al. 2020). Noted at each step (rows,), at temperature 1 and uncut: entropy, and the drawn token's
-    log-probability.
+    al. 2020): a token is inside while all likelier ones together are below p, so equals are in together.
+    Noted at each step (rows,), at temperature 1 and uncut: entropy, and the drawn token's log-probability.
     """
 
     def __init__(self, temperature, top_p, generators):
@@ -170,20 +170,19 @@ class _Sampler(LogitsProcessor):
     def __call__(self, input_ids, scores):
         log_p = scores.float().log_softmax(-1)
         self.entropy.append(-(log_p.exp() * log_p).sum(-1))
-        kept = log_p
-        if self.top_p < 1:
-            p, k = (log_p / self.temperature.clamp(min=1e-6)).softmax(-1), 128
-            top = p.topk(min(k, p.shape[1]))
-            while k < p.shape[1] and (top.values.sum(-1) < self.top_p).any():  # faster than a sort of all
-                k *= 4
-                top = p.topk(min(k, p.shape[1]))
-            inside = top.values.cumsum(-1) - top.values < self.top_p  # the mass before a token is below p
-            keep = torch.zeros_like(p, dtype=torch.bool).scatter(1, top.indices, inside)
-            kept = log_p.masked_fill(~keep, -torch.inf)
-        V = kept.shape[1]
-        u = torch.stack([torch.rand(V, generator=g, device=kept.device) for g in self.generators])
-        noisy = kept - self.temperature * (-u.clamp(min=1e-30).log()).log()  # temperature 0: greedy
-        self.logps.append(log_p.gather(1, noisy.argmax(-1, keepdim=True))[:, 0])
+        V = log_p.shape[1]
+        u = torch.stack([torch.rand(V, generator=g, device=log_p.device) for g in self.generators])
+        noisy = log_p - self.temperature * (-u.clamp(min=1e-30).log()).log()  # temperature 0: greedy
+        token = noisy.argmax(-1, keepdim=True)
+        p = (log_p / self.temperature.clamp(min=1e-6)).softmax(-1)
+        while self.top_p < 1:  # without sorting the vocabulary: strike out what is drawn from outside
+            likelier = torch.where(p > p.gather(1, token), p, 0).sum(-1, keepdim=True)
+            outside = likelier >= self.top_p
+            if not outside.any():
+                break
+            noisy = torch.where(outside, noisy.scatter(1, token, -torch.inf), noisy)
+            token = noisy.argmax(-1, keepdim=True)
+        self.logps.append(log_p.gather(1, token)[:, 0])
         return noisy
 
 
@@ -229,7 +228,7 @@ def _draw(lm, prompts, jobs, *, temperature, max_new_tokens, top_p, seed, batch_
 @torch.no_grad()
 def sample_responses(
     lm, tokenizer, prompts, *, samples=1, max_new_tokens=256, top_p=0.95, temperature=1.0, seed=0,
-    batch_size=256, progress=False,
+    batch_size=128, progress=False,
 ):  # fmt: skip
     """Responses sampled by Hugging Face's generate, seeded by prompt and sample, split over the ranks.
 
@@ -237,6 +236,7 @@ def sample_responses(
         prompts: P lists of token ids, BOS and the turn's opening included.
         temperature: one for all, or a list of one a prompt; 0 is greedy.
         seed: an int, or a tuple of them.
+        batch_size: responses sampled at once: their keys and values are held.
     Returns:
         for each prompt `samples` lists of token ids, the token that ends the turn included where it came; and
         (P, samples, 3) float64: Σ_t H(π(·|x, y_<t)) and log π(y|x), nats, at temperature 1 and uncut; |y|.
@@ -274,11 +274,31 @@ def distinct(texts, n: int) -> float:
 
 
 def self_bleu(texts) -> float:
-    """Self-BLEU (Zhu et al. 2018), 0 to 100: mean of each text's BLEU-4, sacrebleu's, against the others."""
-    from sacrebleu import BLEU
+    """Self-BLEU (Zhu et al. 2018), 0 to 100: mean of each text's BLEU-4, sacrebleu's, against the others.
 
-    bleu = BLEU(effective_order=True)  # a text of fewer than 4 words is scored by what it has
-    scores = [bleu.sentence_score(text, texts[:i] + texts[i + 1 :]).score for i, text in enumerate(texts)]
+    A text of fewer than 4 words is scored by the n-grams it has. n-grams are counted once a text, not once
+    for each of the texts that it is a reference of.
+    """
+    from sacrebleu import BLEU
+    from sacrebleu.metrics.helpers import extract_all_word_ngrams
+
+    tokenize = BLEU(effective_order=True).tokenizer
+    grams, lengths = zip(*(extract_all_word_ngrams(tokenize(t.rstrip()), 1, 4) for t in texts), strict=True)
+    most = {}  # n-gram: its second largest and its largest count in one text
+    for counts in grams:
+        for gram, count in counts.items():
+            most[gram] = sorted((*most.get(gram, (0, 0)), count))[1:]
+    scores = []
+    for i, counts in enumerate(grams):
+        correct, total = [0] * 4, [0] * 4
+        for gram, count in counts.items():
+            second, largest = most[gram]
+            correct[len(gram) - 1] += second if count == largest else count  # clipped by the others' largest
+            total[len(gram) - 1] += count
+        n, others = lengths[i], lengths[:i] + lengths[i + 1 :]
+        closest = min(others, key=lambda other, n=n: (abs(other - n), other))
+        bleu = BLEU.compute_bleu(correct, total, n, closest, smooth_method="exp", effective_order=True)
+        scores.append(bleu.score)
     return sum(scores) / len(scores)
 
 
@@ -314,7 +334,7 @@ def unique_prompts(pairs: Pairs, most: int) -> list[list[int]]:
 
 def evaluate(
     policy, tokenizer, pairs, *, cache=None, k=50, beta=0.1, top=0, prompts=100, samples=0,
-    max_new_tokens=256, top_p=0.95, seed=0, bootstrap=0, progress=False, **rows,
+    max_new_tokens=256, top_p=0.95, batch_size=128, seed=0, bootstrap=0, progress=False, **rows,
 ):  # fmt: skip
     """Scores of a policy, by the keys of this file's head: of pairs, and if samples > 0 of sampled responses.
 
@@ -328,7 +348,7 @@ def evaluate(
     if samples:
         responses, totals = sample_responses(
             policy.lm, tokenizer, unique_prompts(pairs, prompts), samples=samples, top_p=top_p, seed=seed,
-            max_new_tokens=max_new_tokens, progress=progress,
+            max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress,
         )  # fmt: skip
         texts = [tokenizer.batch_decode(many, skip_special_tokens=True) for many in responses]
         groups.append(sample_columns(texts, totals))
@@ -449,7 +469,7 @@ def export(lm, tokenizer, kind, questions, *, model, temperature=None, seed=0, *
     Args:
         kind: one of EXPORTS. model: the name it goes by.
         temperature: None: EXPORTS'; for MT-Bench its own, by category.
-        sampling: max_new_tokens, top_p, progress, as `sample_responses` takes them.
+        sampling: max_new_tokens, top_p, batch_size, progress, as `sample_responses` takes them.
     """
     renderer, temperature = Renderer(tokenizer), EXPORTS[kind] if temperature is None else temperature
     talks = [[] for _ in questions]
@@ -531,6 +551,7 @@ def check_args(args):
     if not 0 < args.top_p <= 1:
         raise ValueError(f"--top_p {args.top_p}: must be above 0 and at most 1")
     least = {"samples": 0, "prompts": 1, "k": 1, "features": 1, "features_top": 0, "bootstrap": 0, "beta": 0}
+    least |= {"sample_batch": 1}
     least |= {"max_new_tokens": 1, "weight_inside": 0, "weight_outside": 0}
     for name, low in least.items():
         value = getattr(args, name)
@@ -568,7 +589,8 @@ def run_export(args, tokenizer, lm, questions, main_rank):
             out = out.with_name(f"{out.stem}_t{heat:g}{out.suffix}")
         answers = export(
             lm, tokenizer, args.export, questions, model=out.stem, temperature=heat, seed=args.seed,
-            top_p=args.top_p, max_new_tokens=args.max_new_tokens, progress=main_rank,
+            top_p=args.top_p, max_new_tokens=args.max_new_tokens, batch_size=args.sample_batch,
+            progress=main_rank,
         )  # fmt: skip
         if main_rank:
             (fpo.write_json if out.suffix == ".json" else write_lines)(out, answers)
@@ -603,7 +625,8 @@ def run_scores(args, tokenizer, policy, pairs, train, rows, main_rank):
     rows |= {"k": args.k, "beta": args.beta, "bootstrap": args.bootstrap, "progress": main_rank}
     scores = evaluate(
         policy, tokenizer, pairs, top=args.features_top, prompts=args.prompts, samples=args.samples,
-        top_p=args.top_p, max_new_tokens=args.max_new_tokens, seed=args.seed, **rows,
+        top_p=args.top_p, max_new_tokens=args.max_new_tokens, batch_size=args.sample_batch, seed=args.seed,
+        **rows,
     )  # fmt: skip
     if train is not None:
         scores["train"] = evaluate(policy, tokenizer, train, seed=args.seed, **rows)
@@ -637,9 +660,10 @@ def main(argv=None):
         compare = args.reference and not (questions or args.find_features)
         with_saes = compare or (args.features_top and not questions) or args.find_features
         saes, sites = presets.load_saes(args, device) if with_saes else ([], [])
-        policy = fpo.Policy(presets.load_lm(args.model, device), saes, sites)
+        dtype = presets.DTYPES[args.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
+        policy = fpo.Policy(presets.load_lm(args.model, device, dtype=dtype), saes, sites)
         if compare:
-            policy.hold_reference(presets.load_lm(args.reference, device))
+            policy.hold_reference(presets.load_lm(args.reference, device, dtype=dtype))
     if questions:
         run_export(args, tokenizer, policy.lm, questions, main_rank)
     else:

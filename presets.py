@@ -62,6 +62,7 @@ GEMMA_2 = {
     "eval_kl": False,
     "eval_samples": 0,
     "eval_tokens": 256,
+    "sample_batch": 128,  # of 1,500 tokens: 20 GB of keys and values
 }
 PRESETS = {
     "gemma-2-2b": GEMMA_2,
@@ -72,6 +73,7 @@ PRESETS = {
         "sae_layer": [41],  # the paper names none: the last, by Sec. 5.2
         "sae_l0": None,  # the nearest to 100
         "optimizer": "rmsprop",
+        "sample_batch": 32,
     },
     "toy": {  # its own lr, warm-up and steps: a world of 200 k parameters
         **GEMMA_2,
@@ -93,6 +95,7 @@ PRESETS = {
         "eval_kl": True,
         "eval_samples": 4,
         "eval_tokens": 48,
+        "sample_batch": 1024,
     },
 }
 
@@ -278,6 +281,8 @@ def shared_flags(parser: argparse.ArgumentParser):
     add("--max_prompt_length", type=int, help="tokens of the prompt; its beginning is cut (512)")
     add("--layout", default="auto", choices=layouts, help="the prompt computed once or twice a pair")
     add("--pack_to", type=int, default=0, help="fill rows with further pairs to so many tokens (CUDA)")
+    add("--dtype", choices=DTYPES, help="of the computation (CPU float32, CUDA bfloat16)")
+    add("--sample_batch", type=int, help="responses sampled at once: their keys and values are held (128)")
     add = parser.add_argument_group("sparse autoencoder").add_argument
     add("--sae", help="Gemma Scope repo, directory of its layout, or file")
     add("--sae_layer", type=int, nargs="+", help="0-based; of several D_FPO is averaged (Table 7)")
@@ -325,7 +330,6 @@ def running_flags(parser: argparse.ArgumentParser):
     add("--micro_batch_pairs", type=int, default=0, help="most pairs of a forward; 0: no limit")
     add("--micro_batch_tokens", type=int, help="most tokens of a forward, padding counted; 0: no limit")
     add("--activation_checkpointing", **yes_no, help="Table 5: on (toy: off)")
-    add("--dtype", choices=DTYPES, help="of the computation (CPU float32, CUDA bfloat16)")
     shards = ("none", "states", "fsdp")
     add(
         "--shard", default="states", choices=shards, help="what the ranks share out: optimizer states, or all"

@@ -34,6 +34,7 @@ FREE = {
     "eval_samples",
     "eval_kl",
     "eval_tokens",
+    "sample_batch",
     "out",
 }
 FREE |= {

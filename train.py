@@ -348,7 +348,8 @@ def main(argv=None):
             policy.hold_reference(load_reference(args, device)[0])
         result = evaluate(
             policy, tokenizer, held_out, cache=held_out_cache, k=args.k, samples=samples,
-            max_new_tokens=args.eval_tokens, seed=args.seed, progress=main_rank, **budget, **rows,
+            max_new_tokens=args.eval_tokens, batch_size=args.sample_batch, seed=args.seed,
+            progress=main_rank, **budget, **rows,
         )  # fmt: skip
         if lent:
             policy.hold_reference(None)

@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+from random import Random
 
 import numpy as np
 import pytest
@@ -181,16 +182,22 @@ def test_sampling_draws_from_the_nucleus(lm, tokenizer, temperature):
 
 
 def test_nucleus_at_the_boundary():
-    """p = 0.75 of 1/2, 1/4, 1/8, …: two tokens just reach it; 0.76 needs a third. Flat: as many as p says."""
-    p = torch.tensor([[0.125, 0.5, 0.0625, 0.25, 0.0625]])
-    flat = torch.full((1, 256), 1 / 256)
-    for chances, top_p, most in ((p, 0.75, 2), (p, 0.76, 3), (p, 0.3, 1), (p, 1.0, 5), (flat, 0.75, 192)):
-        sampler = eval_diversity._Sampler(torch.ones(1), top_p, [torch.Generator().manual_seed(0)])
-        kept = sampler(None, chances.log()) > -torch.inf
-        assert kept.sum() == most, top_p
-        assert chances[kept].min() >= chances[~kept].max() if most < chances.shape[1] else True
+    """p = 0.75 of 1/2, 1/4, 1/8, …: two tokens just reach it; 0.76 needs a third. Equals: all or none."""
+    p, n = torch.tensor([[0.125, 0.5, 0.0625, 0.25, 0.0625]]), 2000
+    flat = torch.full((1, 8), 1 / 8)
+    inside = ((p, 0.75, {1, 3}), (p, 0.76, {0, 1, 3}), (p, 0.3, {1}), (p, 0.9, set(range(5))))
+    for chances, top_p, kept in (*inside, (p, 1.0, set(range(5))), (flat, 0.75, set(range(8)))):
+        noise = [torch.Generator().manual_seed(i) for i in range(n)]
+        sampler = eval_diversity._Sampler(torch.ones(n), top_p, noise)
+        drawn = sampler(None, chances.log().expand(n, -1)).argmax(-1)
+        assert set(drawn.tolist()) == kept, top_p
+        mass = sum(chances[0, token].item() for token in kept)
+        for token in kept:  # as likely among themselves as before the cut
+            share = chances[0, token].item() / mass
+            assert abs((drawn == token).float().mean() - share) < 5 * math.sqrt(share / n), (top_p, token)
         entropy = -(chances * chances.log()).sum().item()  # of all of it, not of the cut
-        assert sampler.entropy[0].item() == pytest.approx(entropy, rel=1e-5)
+        assert sampler.entropy[0][0].item() == pytest.approx(entropy, rel=1e-5)
+        assert torch.allclose(sampler.logps[0], chances[0, drawn].log())
     assert -(p * p.log()).sum().item() == pytest.approx(1.875 * math.log(2))
 
 
@@ -250,6 +257,16 @@ def test_distinct_and_self_bleu_by_hand():
     # Four words, of three and two in common: 2-grams 2 of 3, 3-grams 1 of 2, 4-grams smoothed 1/2 of 1.
     expected = 100 * (3 / 4 * 2 / 3 * 1 / 2 * 1 / 2) ** 0.25
     assert eval_diversity.self_bleu(["a b c x", "a b c y"]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_self_bleu_is_sacrebleu_of_each_against_the_others():
+    sacrebleu, random = pytest.importorskip("sacrebleu"), Random(0)
+    bleu, words = sacrebleu.BLEU(effective_order=True), ["a", "b,", "c d", "e.", "f-g", "1,2", "", '"q"']
+    for _ in range(30):
+        many = range(random.randint(2, 9))
+        texts = [" ".join(random.choices(words, k=random.randint(0, 9))) + "\n" for _ in many]
+        each = [bleu.sentence_score(text, texts[:i] + texts[i + 1 :]).score for i, text in enumerate(texts)]
+        assert eval_diversity.self_bleu(texts) == pytest.approx(sum(each) / len(each), abs=1e-9), texts
 
 
 # ---------------------------------------------------------------------------- features
