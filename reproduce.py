@@ -98,7 +98,7 @@ def make_run(args, name: str, method: str, seed: int, flags=None, *, watched=Fal
     flags |= {"eval_samples": 0}  # eval_diversity.py samples, by the paper's 25 a prompt
     flags |= {"steps": args.steps} if args.steps else {}
     scores = {"model": start if method == "sft" else f"{out}/model", "reference": start, "seed": seed}
-    scores |= {"samples": args.samples, "features_top": 50, "bootstrap": 0, "json": f"{out}/scored.json"}
+    scores |= {"samples": args.samples, "features_top": 50, "train_pairs": True, "json": f"{out}/scored.json"}
     parts = [("train.py", flags)] * (method != "sft") + [("eval_diversity.py", scores)]
     commands = [command(script, args.ranks, {"preset": args.preset, **f}) for script, f in parts]
     return {"name": name, "method": method, "seed": seed, "folder": out, "commands": commands}
@@ -156,6 +156,7 @@ def do_runs(args, runs: list[dict]) -> list[dict]:
     """Do the runs that are not finished, `--at_once` side by side; rows of results.json of all."""
     start, commit = weights_digest(start_model(args.preset)), git_commit()
     todo = [run for run in runs if not finished(run, start)]
+    args.todo += len(todo)
     print(f"{len(runs)} runs, {len(runs) - len(todo)} of them done before")
     with concurrent.futures.ThreadPoolExecutor(args.at_once) as pool:
         work = {pool.submit(do_run, run, start, commit): run for run in todo}
@@ -185,19 +186,17 @@ def git_commit() -> str:
 
 # ---------------------------------------------------------------------------- numbers
 def collect(run: dict) -> dict:
-    """A row of results.json: how the run was made, its scores, and its held-out scores over training.
-
-    scores["train_accuracy"]: mean accuracy of the last fifth of the steps, a pair scored before its update.
-    """
+    """A row of results.json: how the run was made, its scores, and its held-out scores over training."""
     folder = Path(run["folder"])
     record, scores = (json.loads((folder / name).read_text()) for name in ("run.json", "scored.json"))
     row = {name: run[name] for name in ("name", "method", "seed")} | record | {"scores": scores, "curve": []}
     if (folder / "responses.jsonl").exists():
         scores |= style_shares((folder / "responses.jsonl").read_text().splitlines())
+    if "train" in scores:  # Table 2's protocol
+        scores["train_accuracy"] = scores["train"]["accuracy"]
     if "train.py" not in run["commands"][0]:
         return row
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    scores["train_accuracy"] = statistics.mean(s["accuracy"] for s in steps[-max(1, len(steps) // 5) :])
     ends = json.loads((folder / "scores.json").read_text())
     row["curve"].append({"step": 0, **ends["before"]})
     for step in steps[:-1]:
@@ -218,11 +217,11 @@ def mean_deviation(values: list[float]) -> tuple[float, float]:
 
 
 def cell(values: list[float], digits: int, scale: float = 1.0) -> str:
-    """`mean ± deviation`; a single value says so, none is "not run"."""
+    """`mean ± deviation`; of one seed the value alone, of none "not run"."""
     if not values:
         return "not run"
     mean, deviation = mean_deviation([scale * value for value in values])
-    return f"{mean:.{digits}f}" + (f" ± {deviation:.{digits}f}" if len(values) > 1 else " (one seed)")
+    return f"{mean:.{digits}f}" + (f" ± {deviation:.{digits}f}" if len(values) > 1 else "")
 
 
 COLUMNS = {  # key of the scores: (title, digits, factor)
@@ -241,11 +240,12 @@ SHORT = ("train_accuracy", "accuracy", "entropy", "kl_rejected", "mse_rejected")
 def table(rows, lines, columns=tuple(COLUMNS)) -> str:
     """A Markdown table. lines: (label, name of the runs, the paper's (accuracy, entropy) or None)."""
     titles = [COLUMNS.get(key, (key.replace("_", " ") + " (%)",))[0] for key in columns]
-    head = ["", *titles, "paper: accuracy (%)", "paper: entropy"]
+    beside = ["paper: accuracy (%)", "paper: entropy"] if any(paper for *_, paper in lines) else []
+    head = ["", *titles, *beside]
     text = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
     for label, name, paper in lines:
         ours = [cell(values_of(rows, name, key), *COLUMNS.get(key, ("", 1, 100))[1:]) for key in columns]
-        text.append("| " + " | ".join([label, *ours, *(str(p) for p in paper or ("–", "–"))]) + " |")
+        text.append("| " + " | ".join([label, *ours, *map(str, (paper or "––") if beside else ())]) + " |")
     return "\n".join(text) + "\n"
 
 
@@ -336,7 +336,10 @@ def publish(args, rows, tables: dict, figures: dict):
     assets, text = Path(args.assets), "\n".join(f"**{title}**\n\n{body}" for title, body in tables.items())
     assets.mkdir(parents=True, exist_ok=True)
     results = json.loads((assets / "results.json").read_text()) if (assets / "results.json").exists() else {}
-    (assets / "results.json").write_text(json.dumps(results | {args.what: rows}, indent=1) + "\n")
+    how = {"command": shown(["", *sys.argv]), "commit": git_commit(), "hardware": hardware()}
+    how |= {"runs": len(rows), "runs_done_now": args.todo, "seconds": round(time.perf_counter() - args.began)}
+    results[args.what] = {**how, "rows": rows}
+    (assets / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     (assets / f"{args.what}.md").write_text(text)
     for name, figure in figures.items():
         with matplotlib.rc_context({"svg.hashsalt": name}):  # the same bytes for the same figure
@@ -358,13 +361,15 @@ def comparison(args):
             runs.append(make_run(args, alpha_name(alpha), "fpo", args.seeds[0], {"alpha": alpha}))
     rows = do_runs(args, runs)
     lines = [(label, name, TABLE_2.get(name)) for name, (label, _) in METHODS.items()]
-    lines += [(f"FPO, α = {alpha:g}", alpha_name(alpha), None) for alpha in ALPHAS if alpha != 0.5]
+    alphas = [(f"{alpha:g}", alpha_name(alpha), None) for alpha in ALPHAS]
+    first = [row for row in rows if row["seed"] == args.seeds[0]]
+    tables = {"Table 2, right": table(rows, lines), "FPO by α, first seed": table(first, alphas)}
     figures = {"accuracy_entropy": draw_accuracy_entropy(rows), "alpha": draw_alpha(rows)}
     figures["kl"] = draw_curves(rows, "kl", "KL(ref‖policy) of a response (nats)", PAPER_BETA)
     figures["mse"] = draw_curves(rows, "mse", "D_FPO (activation²)", 1.0)
     if values_of(rows, "fpo", "activations_policy"):
         figures["activations"] = draw_activations(rows)
-    publish(args, rows, {"Table 2, right": table(rows, lines)}, figures)
+    publish(args, rows, tables, figures)
 
 
 def sae_setting(preset: str, layers, site="res") -> tuple[str, str, dict]:
@@ -487,6 +492,7 @@ def parse_args(argv=None):
         "--real", action="store_true", help="control: print the commands for the paper's data"
     )
     args = parser.parse_args(argv)
+    args.began, args.todo = time.perf_counter(), 0  # runs that this call had to do
     toy = args.preset == "toy"
     for name, here, elsewhere in (("eval_every", 25, 200), ("at_once", 2, 1), ("ranks", 1, 4)):
         if getattr(args, name) is None:

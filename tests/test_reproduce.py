@@ -34,7 +34,7 @@ def test_mean_and_deviation_by_hand():
 
 def test_cell_says_what_was_run():
     assert reproduce.cell([0.5, 0.7], 1, 100) == "60.0 ± 14.1"  # 100 · 0.1 · √2
-    assert reproduce.cell([1.25], 2) == "1.25 (one seed)"
+    assert reproduce.cell([1.25], 2) == "1.25"
     assert reproduce.cell([], 2) == "not run"
 
 
@@ -49,6 +49,8 @@ def test_table_puts_the_papers_row_beside_ours():
     assert head == "|  | accuracy, held out (%) | paper: accuracy (%) | paper: entropy |"
     assert fpo == "| FPO | 81.0 ± 1.4 | 64.1 | 1.68 |"
     assert sft == "| SFT | not run | – | – |"
+    alone = reproduce.table(rows[2:], [("DPO", "dpo", None)], ["accuracy"])
+    assert alone.splitlines()[::2] == ["|  | accuracy, held out (%) |", "| DPO | 10.0 |"]
 
 
 def test_collect_reads_training_accuracy_and_the_curve(tmp_path):
@@ -57,7 +59,8 @@ def test_collect_reads_training_accuracy_and_the_curve(tmp_path):
     steps[3]["eval_accuracy"] = 0.6
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
     ends = {"before": {"kl_rejected": 0.0}, "after": {"kl_rejected": 9.0}}
-    for name, value in (("run", {"seconds": 3.0}), ("scored", {"entropy": 1.5}), ("scores", ends)):
+    scored = {"entropy": 1.5, "train": {"accuracy": 0.925}}
+    for name, value in (("run", {"seconds": 3.0}), ("scored", scored), ("scores", ends)):
         (tmp_path / f"{name}.json").write_text(json.dumps(value))
     run = {
         "name": "fpo",
@@ -67,7 +70,7 @@ def test_collect_reads_training_accuracy_and_the_curve(tmp_path):
         "commands": [["python", "train.py"]],
     }
     row = reproduce.collect(run)
-    assert row["scores"] == {"entropy": 1.5, "train_accuracy": pytest.approx(0.925)}  # steps 17 to 20
+    assert row["scores"] == {**scored, "train_accuracy": 0.925}
     assert [(p["step"], p["kl_rejected"]) for p in row["curve"]] == [(0, 0.0), (4, 7.0), (20, 9.0)]
     assert row["curve"][1]["accuracy"] == 0.6
     assert (row["seed"], row["seconds"]) == (2, 3.0)
@@ -205,7 +208,7 @@ def test_points_of_methods_and_alphas(rows):
 
 
 def test_publish_writes_results_table_and_figures(tmp_path, rows):
-    options = Namespace(what="comparison", assets=str(tmp_path))
+    options = Namespace(what="comparison", assets=str(tmp_path), began=0.0, todo=1)
     (tmp_path / "results.json").write_text('{"ablation": [1]}')
     for _ in range(2):
         reproduce.publish(
@@ -215,4 +218,5 @@ def test_publish_writes_results_table_and_figures(tmp_path, rows):
     assert drawn.startswith(b"<?xml") and drawn == (tmp_path / "kl.svg").read_bytes()
     assert (tmp_path / "comparison.md").read_text() == "**Table**\n\n| x |\n"
     results = json.loads((tmp_path / "results.json").read_text())
-    assert results["ablation"] == [1] and results["comparison"] == rows
+    assert results["ablation"] == [1] and results["comparison"]["rows"] == rows
+    assert results["comparison"]["runs"] == len(rows) and results["comparison"]["runs_done_now"] == 1
