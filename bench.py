@@ -1,4 +1,4 @@
-"""Speed and memory: every method's step, its parts alone, another trainer's step, and what a rank will need.
+"""Speed and memory: every method's step, its parts alone, and another trainer's step.
 
     python bench.py                             CPU: a tiny shape, then one with a wide vocabulary
     python bench.py --shape scaled              CPU: Gemma-2-2B with every width an eighth
@@ -18,7 +18,6 @@ one left.
 
 import argparse
 import contextlib
-import copy
 import importlib.util
 import json
 import os
@@ -32,7 +31,9 @@ from statistics import median
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config
 
+import chunked
 import fpo
+import offline
 import precision
 import presets
 from data import Pairs, collate
@@ -145,7 +146,7 @@ def make_pairs(args, n):
 def plain_statistics(
     states, weight, targets, *, softcap=None, ref_states=None, ref_weight=None, entropy=False
 ):
-    """`fpo.token_statistics` from all (N, V) logits at once: the same values, for comparison."""
+    """`chunked.token_statistics` from all (N, V) logits at once: the same values, for comparison."""
 
     def log_softmax(h, W):
         z = (h @ W.T).float()
@@ -360,7 +361,7 @@ def head_only(args):
         states = (torch.randn(N, d, device=args.device) / d**0.5).requires_grad_()
         weight = torch.randn(V, d, device=args.device).requires_grad_()
         targets = torch.randint(V, (N,), device=args.device)
-        head = plain_statistics if args.only == "plain" else fpo.token_statistics
+        head = plain_statistics if args.only == "plain" else chunked.token_statistics
         step = lambda: head(states, weight, targets, softcap=30.0)[0].sum().backward()  # noqa: E731
         gb, taken = peak_of(step, memory()), []
         for _ in range(args.rounds):
@@ -394,8 +395,10 @@ def reference_pass(args):
 
     def phase_1():
         with tempfile.TemporaryDirectory() as folder:
-            identity = fpo.reference_identity(policy, pairs, weights="", arithmetic={})
-            cache = fpo.build_reference(policy, pairs, folder, identity, max_pairs=args.pairs, **args.rows)
+            identity = offline.reference_identity(policy, pairs, weights="", arithmetic={})
+            cache = offline.build_reference(
+                policy, pairs, folder, identity, max_pairs=args.pairs, **args.rows
+            )
             sizes.append(cache.size() / n)
             for group in groups:
                 lookups.append(seconds(lambda group=group: cache.lookup(torch.tensor(group)), "cpu"))
@@ -507,83 +510,6 @@ def peer(args):
     return {"rows": rows, "speed_ratio": speed, "memory_ratio": gb}
 
 
-# ---------------------------------------------------------------------------- what a rank will need
-def plan(
-    config, *, method, dtype, rule, ranks, shard, micro_batch_tokens, response_share, checkpointing,
-    sae_shape=None, row_tokens=1024,
-):  # fmt: skip
-    """GB that a rank needs at its peak, item by item, from the config alone; no weight is made.
-
-    Args:
-        config: Gemma-2's; eager attention keeps its scores, flex_attention none.
-        method: one of fpo.METHODS: TDPO and SimPO+KL hold the reference, FPO the SAE's encoder.
-        dtype, rule: "float32" or "bfloat16", of weights and gradients; "adam" or "rmsprop".
-        ranks, shard: processes; "none", "states" (the optimizer's) or "fsdp" (all; float32 masters).
-        micro_batch_tokens, response_share: tokens of a forward, as they lie in the rows, padding counted; the
-            share of them that predict response tokens.
-        checkpointing: only each layer's input is kept.
-        sae_shape: (d, m), or None. row_tokens: length of a row, for eager's scores.
-    Returns:
-        dict of GB by item and "total": the allocator's peak, without the CUDA context (about 0.5 GB).
-    """
-    with torch.device("meta"):  # from_config writes into its argument
-        lm = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="eager")
-    P, layer = (sum(p.numel() for p in module.parameters()) for module in (lm, lm.model.layers[0]))
-    T, N, fsdp, held = (
-        micro_batch_tokens,
-        micro_batch_tokens * response_share,
-        shard == "fsdp",
-        method in fpo.NEEDED,
-    )
-    d, depth, embedding = config.hidden_size, config.num_hidden_layers, config.vocab_size * config.hidden_size
-    stored = 4 if fsdp or dtype == "float32" else 2  # bytes of a weight between steps, and of its gradient
-    b = 2 if dtype == "bfloat16" else 4  # bytes of a number in the computation
-    states = {"adam": 8, "rmsprop": 4}[rule] + (2 if stored == 2 else 0)  # 2: the rest of the bf16 master
-    over = ranks if fsdp else 1
-    kept, moment = layer_bytes(config, b, row_tokens)
-    chunk = 8192 if config._attn_implementation == "flex_attention" else 1024
-    items = {
-        "weights": P * stored / over,
-        "gradients": P * stored / over,
-        "optimizer": P * states / (1 if shard == "none" else ranks),
-        "layers in flight": 3 * layer * b + 2 * embedding * b if fsdp else 0,
-        "activations": T * ((depth * d * b + kept if checkpointing else depth * kept) + moment),
-        # Float32 blocks of its backward: logits, slope, gradient and its product, TDPO's reference; states.
-        "head": N * chunk * 4 * (5 if held else 4) + N * d * (4 + 2 * b),
-        "tied gradients": 2 * embedding * b,  # the head's waits for the embedding's, then both are summed
-        "SAE": 0,
-        "reference": P * b / over + T * moment + N * d * b if held else 0,
-    }
-    if (
-        method == "fpo" and sae_shape
-    ):  # the encoder; blocks of 1024 tokens: z, c and masks; the states it reads
-        items["SAE"] = 4 * sae_shape[1] * (sae_shape[0] + 4 * min(N, 1024)) + N * d * b
-    return {name: size / 1e9 for name, size in {**items, "total": sum(items.values())}.items()}
-
-
-def layer_bytes(config, b, row_tokens):
-    """Bytes a token that a Gemma-2 layer keeps for its backward, and that its widest moment takes on top.
-
-    Four RMSNorms keep input and output in float32, the MLP four tensors of its width, attention its queries,
-    keys, values and output; eager repeats keys and values for every head, and keeps a tanh and a softmax of
-    each score.
-    """
-    d, f = config.hidden_size, config.intermediate_size
-    q, kv = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-    eager = config._attn_implementation != "flex_attention"
-    scores, kv = (config.num_attention_heads * row_tokens, q) if eager else (0, kv)
-    softmax = 4 if b == 4 else 4 + b  # float32, and its copy in bf16
-    kept = 32 * d + b * (2 * d + 4 * f + 2 * q + 2 * kv) + scores * (b + softmax)
-    return kept, max(3 * b * f, 8 * scores)
-
-
-def print_plan(items, gpu_gb=80.0):
-    """The plan as a table, and whether it fits a card of `gpu_gb`."""
-    for name, gb in items.items():
-        print(f"{name:<20}{gb:>10.2f} GB")
-    print(f"{'fits' if items['total'] <= gpu_gb else 'does not fit'} {gpu_gb:g} GB a rank")
-
-
 # ---------------------------------------------------------------------------- main
 def main(argv=None):
     """Run what the flags ask for."""
@@ -610,7 +536,7 @@ def main(argv=None):
     elif args.json:
         device = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU × {torch.get_num_threads()}"
         run = {"device": device, "torch": torch.__version__, "flags": vars(args), "figures": figures}
-        fpo.write_json(args.json, run)
+        offline.write_json(args.json, run)
 
 
 if __name__ == "__main__":

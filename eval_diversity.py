@@ -31,8 +31,6 @@ import importlib.util
 import json
 import os
 import sys
-import time
-import uuid
 from pathlib import Path
 
 import torch
@@ -40,9 +38,12 @@ import torch.distributed as dist
 from tqdm.auto import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList
 
+import chunked
 import fpo
+import offline
 import presets
-from data import Pairs, Renderer, load_pairs, micro_batches, read_jsonl
+from benchmarks import EXPORTS, MT_BENCH, answer_record, read_questions
+from data import Pairs, Renderer, load_pairs, micro_batches
 
 
 # ---------------------------------------------------------------------------- preference pairs
@@ -66,7 +67,7 @@ def evaluate_pairs(policy, pairs, *, cache=None, k=50, top=0, **budget_and_rows)
 
     Args:
         policy: fpo.Policy.
-        cache: fpo.ReferenceCache of these pairs.
+        cache: offline.ReferenceCache of these pairs.
         k: of D_FPO, Eq. 10.
         top: also each response's so many largest pooled features (of the first SAE), in order.
         budget_and_rows: micro-batches, as data.micro_batches and data.collate take them; progress.
@@ -373,7 +374,7 @@ def feature_statistics(policy, pairs, **budget_and_rows):
     largest = torch.zeros(sae.m, device=policy.lm.device)
     for batch, _ in _batches(policy, pairs, **budget_and_rows):
         states = policy._read(policy.lm, policy._hooks, batch)[1][0]  # (N, d), what the SAE reads
-        pooled = fpo.pooled_features(states, sae, batch.owner, batch.lengths)
+        pooled = chunked.pooled_features(states, sae, batch.owner, batch.lengths)
         there = (batch.lengths > 0).double() * batch.weight.repeat(2)
         total += torch.cat([there @ pooled.double(), there.sum()[None]])
         largest = torch.maximum(largest, sae.encode(states).amax(0))
@@ -401,68 +402,6 @@ def choose_features(mean_a, largest_a, mean_b, *, n=50, criterion="difference", 
 
 
 # ---------------------------------------------------------------------------- benchmarks (Table 2, Fig. 3)
-EXPORTS = {"alpaca_eval": 0.7, "arena_hard": 0.0, "mt_bench": None, "records": 1.0}  # and their temperatures
-# MT-Bench's temperatures by category; 0.7 in the others.
-MT_BENCH = {"extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0, "stem": 0.1, "humanities": 0.1}
-
-
-def question_turns(kind, question) -> list[str]:
-    """The user's turns in a record of a benchmark's file. Raises KeyError or TypeError where it is none."""
-    if kind == "alpaca_eval":
-        return [question["instruction"]]
-    if kind == "mt_bench":
-        return question["turns"] if question["question_id"] and question["category"] else []
-    if kind == "arena_hard" and "uid" not in question:  # its files of 2024
-        return [turn["content"] for turn in question["turns"]] if question["question_id"] else []
-    return [question["prompt"]]
-
-
-def read_questions(kind, path, most=None) -> list[tuple[dict, list[str]]]:
-    """(record, the user's turns) of the first questions of a benchmark's file, a JSON list or JSON lines.
-
-    Raises:
-        ValueError: no such file, no JSON, or a record that is no question of that benchmark.
-    """
-    try:
-        lines = str(path).endswith(".jsonl")
-        records = read_jsonl(str(path)) if lines else enumerate(json.loads(Path(path).read_text()))
-        records = list(records)
-    except (OSError, TypeError, ValueError) as error:
-        raise ValueError(f"questions {path}: a JSON list or a .jsonl file is needed: {error}") from None
-    questions = []
-    for where, record in records[:most]:
-        try:
-            turns = question_turns(kind, record)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{path}, record {where}: no question of {kind}: {error}") from None
-        if not (turns and all(isinstance(turn, str) for turn in turns)):
-            raise ValueError(f"{path}, record {where}: no question of {kind}: turns {turns!r:.80}")
-        questions.append((record, turns))
-    return questions
-
-
-def answer_record(kind, question, turns, answers, model) -> dict:
-    """A question's answers as a benchmark's tool reads them, `model` by name; every turn is text.
-
-    Arena-Hard's style control wants counts of tokens and Markdown too: its add_markdown_info.py adds them.
-    """
-    if kind == "alpaca_eval":
-        answer = {"instruction": turns[0], "output": answers[0], "generator": model}
-        return answer | {"dataset": question.get("dataset", "")}
-    if kind == "records":
-        return {"prompt": turns[0], "response": answers[0]}
-    number = uuid.uuid5(uuid.NAMESPACE_OID, json.dumps([model, turns, answers])).hex  # same answer, same id
-    if kind == "arena_hard" and "uid" in question:
-        said = {"role": "assistant", "content": {"answer": answers[0]}}
-        answer = {"uid": question["uid"], "ans_id": number, "model": model}
-        answer["messages"] = [{"role": "user", "content": turns[0]}, said]
-    else:
-        said = answers if kind == "mt_bench" else [{"content": text} for text in answers]
-        answer = {"question_id": question["question_id"], "answer_id": number, "model_id": model}
-        answer["choices"] = [{"index": 0, "turns": said}]
-    return answer | {"tstamp": time.time()}
-
-
 def export(lm, tokenizer, kind, questions, *, model, temperature=None, seed=0, **sampling) -> list[dict]:
     """`answer_record`s of a model to `read_questions`; each turn follows the model's own earlier answers.
 
@@ -471,7 +410,10 @@ def export(lm, tokenizer, kind, questions, *, model, temperature=None, seed=0, *
         temperature: None: EXPORTS'; for MT-Bench its own, by category.
         sampling: max_new_tokens, top_p, batch_size, progress, as `sample_responses` takes them.
     """
-    renderer, temperature = Renderer(tokenizer), EXPORTS[kind] if temperature is None else temperature
+    renderer, temperature = (
+        Renderer(tokenizer),
+        EXPORTS[kind] if temperature is None else temperature,
+    )
     talks = [[] for _ in questions]
     for turn in range(max(len(turns) for _, turns in questions)):
         here = [i for i, (_, turns) in enumerate(questions) if turn < len(turns)]
@@ -593,7 +535,7 @@ def run_export(args, tokenizer, lm, questions, main_rank):
             progress=main_rank,
         )  # fmt: skip
         if main_rank:
-            (fpo.write_json if out.suffix == ".json" else write_lines)(out, answers)
+            (offline.write_json if out.suffix == ".json" else write_lines)(out, answers)
             print(f"{out}: {len(answers)} answers")
 
 
@@ -613,10 +555,10 @@ def run_features(args, policy, pairs_a, pairs_b, rows, main_rank):
         table.append({"feature": i, "mean_a": a, "mean_b": b, "largest_a": largest, "token": i in papers})
         print(f"{i:>8}{a:>12.4f}{b:>12.4f}{largest:>14.4f}   {'*' if i in papers else ''}")
     if args.json:
-        fpo.write_json(args.json, {"criterion": args.criterion, "features": table})
+        offline.write_json(args.json, {"criterion": args.criterion, "features": table})
     if args.weights:
         weights = {str(i): args.weight_inside for i in found}
-        fpo.write_json(args.weights, {"default": args.weight_outside, "features": weights})
+        offline.write_json(args.weights, {"default": args.weight_outside, "features": weights})
         print(f"{args.weights}: {len(found)} of {args.weight_inside:g}, else {args.weight_outside:g}")
 
 
@@ -640,7 +582,7 @@ def run_scores(args, tokenizer, policy, pairs, train, rows, main_rank):
     if args.samples > 1 and "self_bleu" not in scores:
         print("self_bleu is left out: pip install sacrebleu")
     if args.json:
-        fpo.write_json(args.json, scores)
+        offline.write_json(args.json, scores)
 
 
 def main(argv=None):

@@ -183,11 +183,7 @@ def load_lm(name: str, device, *, dtype=torch.float32, move=True):
 def load_saes(args, device):
     """The SAEs of `--sae_layer …`, and where each reads: (layer, site). Only encoders go to the device."""
     source, revision = split_revision(args.sae)
-    options = {
-        "width": args.sae_width,
-        "site": args.sae_site,
-        "revision": revision,
-    }
+    options = {"width": args.sae_width, "site": args.sae_site, "revision": revision}
     l0s = args.sae_l0 or [None]
     if len(l0s) not in (1, len(args.sae_layer)):
         raise ValueError(f"--sae_l0 {l0s}: one value, or one for each of --sae_layer {args.sae_layer}")

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 import fpo
+import offline
 
 # May differ between a run and its continuation: they change no bit, or only how often something is looked at.
 FREE = {
@@ -102,7 +103,7 @@ def save_state(out, step: int, policy, optimizer, meta: dict, *, keep: int = 1):
     _flush(path)
     fpo.barrier()
     if rank == 0:
-        fpo.write_json(aside / "state.json", {"step": step, "ranks": world, **meta})
+        offline.write_json(aside / "state.json", {"step": step, "ranks": world, **meta})
         _flush(aside / "state.json")
         shutil.rmtree(final, ignore_errors=True)
         aside.rename(final)

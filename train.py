@@ -24,6 +24,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 import fpo
+import memory
+import offline
 import precision
 import presets
 import resume
@@ -161,28 +163,6 @@ def bad_pairs(seen: list) -> list[int]:
 
 
 # ---------------------------------------------------------------------------- before the loop
-def print_plan(args):
-    """--plan: the memory that a rank on CUDA will need, item by item; no weight is loaded."""
-    import bench
-
-    if args.preset in bench.SHAPES and not os.path.isdir(args.model):  # known without a download
-        config = bench.shape_config(args.preset, "flex_attention")
-    else:
-        config = presets.load_config(args.model)
-    width = int(args.sae_width.removesuffix("k")) * (1024 if args.sae_width.endswith("k") else 1)
-    items = bench.plan(
-        config, method=args.method, dtype=args.dtype or "bfloat16", rule=args.optimizer, ranks=args.ranks,
-        shard=args.shard, micro_batch_tokens=args.micro_batch_tokens or 8 * args.max_length,
-        response_share=1.0, checkpointing=args.activation_checkpointing,
-        sae_shape=(config.hidden_size, width), row_tokens=args.max_length,
-    )  # fmt: skip
-    bench.print_plan(items, args.gpu_gb)
-    if torch.cuda.is_available():
-        print("compare peak_memory_gb in metrics.jsonl")
-    else:
-        print("not checked: no CUDA here")
-
-
 def load_run(args, device, main_rank):
     """Data first, then SAEs and the model: a wrong value ends the run before anything large is loaded.
 
@@ -214,7 +194,7 @@ def load_policy(name, args, device, saes, sites):
     fsdp = args.shard == "fsdp"
     dtype = presets.DTYPES["float32" if fsdp else args.dtype]
     lm = presets.load_lm(name, device, dtype=dtype, move=not fsdp)
-    digest = fpo.digest(lm.state_dict())
+    digest = offline.digest(lm.state_dict())
     if args.activation_checkpointing:
         lm.activation_checkpointing_enable({"use_reentrant": False})
     policy = fpo.Policy(lm, saes, sites, args.k)
@@ -232,7 +212,7 @@ def load_reference(args, device):
     """The frozen reference, to be held beside the policy, and the digest of its weights."""
     fsdp = args.shard == "fsdp"
     lm = presets.load_lm(args.reference, device, dtype=presets.DTYPES[args.dtype], move=not fsdp)
-    digest = fpo.digest(lm.state_dict())
+    digest = offline.digest(lm.state_dict())
     if fsdp:
         precision.shard_layers(lm, dtype=presets.DTYPES[args.dtype], device=device)
         lm.to(device)  # what is not in a layer: the embedding, the final norm
@@ -251,10 +231,10 @@ def offline_reference(args, policy, digest, data, device, saes, sites, rows, bud
     arithmetic |= {name: rows[name] for name in ("layout", "pack_to")}
     caches = []
     for pairs in data:
-        identity = fpo.reference_identity(
+        identity = offline.reference_identity(
             policy, pairs, weights=digest, arithmetic=arithmetic, cache_top=args.cache_top
         )
-        caches.append(fpo.build_reference(policy, pairs, args.cache_dir, identity, **budget, **rows))
+        caches.append(offline.build_reference(policy, pairs, args.cache_dir, identity, **budget, **rows))
     if args.shard == "fsdp":
         policy.reshard()
     return *caches, digest
@@ -314,7 +294,7 @@ def main(argv=None):
     with presets.one_line_errors():
         args = parse_args(argv)
         if args.plan:
-            return print_plan(args)
+            return memory.plan_run(args)
     device = presets.start_processes()
     rank, world = fpo.ranks()
     main_rank = rank == 0
@@ -376,7 +356,7 @@ def main(argv=None):
     meta = {"settings": vars(args), "reference": digest, "before": before}
     out.mkdir(parents=True, exist_ok=True)
     if main_rank:
-        fpo.write_json(out / "config.json", vars(args))
+        offline.write_json(out / "config.json", vars(args))
         resume.cut_metrics(out / "metrics.jsonl", start)
     policy.train()
     if ddp:
@@ -458,7 +438,7 @@ def main(argv=None):
     table = {name: (before[name], after[name]) for name in after}
     save_model(policy, tokenizer, args, table)
     if main_rank:
-        fpo.write_json(out / "scores.json", {"before": before, "after": after})
+        offline.write_json(out / "scores.json", {"before": before, "after": after})
         print_table(table)
         for name in ("model", "metrics.jsonl", "config.json", "scores.json"):
             print(f"{out / name}")

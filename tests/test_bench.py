@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import bench
+import chunked
 import fpo
+import memory
 import precision
 from data import collate
 
@@ -51,13 +53,13 @@ def test_plain_head_equals_the_chunked_one():
     states, weight, ref_states, ref_weight = (torch.randn(n, 16) for n in (9, 3000, 9, 3000))
     targets = torch.randint(3000, (9,))
     results = []
-    for head in (bench.plain_statistics, fpo.token_statistics):
+    for head in (bench.plain_statistics, chunked.token_statistics):
         h, W = states.clone().requires_grad_(), weight.clone().requires_grad_()
         values = head(h, W, targets, softcap=5.0, ref_states=ref_states, ref_weight=ref_weight, entropy=True)
         (values[0] - 0.3 * values[1]).sum().backward()
         results.append([*(v.detach() for v in values), h.grad, W.grad])
-    for plain, chunked in zip(*results, strict=True):
-        torch.testing.assert_close(plain, chunked, rtol=1e-4, atol=1e-5)
+    for plain, ours in zip(*results, strict=True):
+        torch.testing.assert_close(plain, ours, rtol=1e-4, atol=1e-5)
 
 
 def test_step_moves_every_weight_only_where_a_rank_holds_its_states():
@@ -86,17 +88,17 @@ PLAN |= {"response_share": 0.75, "checkpointing": True}
 def test_plan_of_gemma_2(shape, parameters, layer_KiB):
     args = bench.with_shape(bench.parse_args([]), shape)
     args.config._attn_implementation = "flex_attention"
-    items = bench.plan(args.config, dtype="bfloat16", **PLAN)
+    items = memory.plan(args.config, dtype="bfloat16", **PLAN)
     # bf16 weight and gradient; Adam's two averages and the other half of the float32 master.
     assert [items[name] * 1e9 for name in ("weights", "gradients", "optimizer")] == [
         pytest.approx(bytes * parameters) for bytes in (2, 2, 10)
     ]
     four = {"ranks": 4, "shard": "states", "rule": "rmsprop"}
-    assert bench.plan(args.config, dtype="bfloat16", **PLAN | four)["optimizer"] * 1e9 == 1.5 * parameters
+    assert memory.plan(args.config, dtype="bfloat16", **PLAN | four)["optimizer"] * 1e9 == 1.5 * parameters
     assert (
-        bench.layer_bytes(args.config, 2, 1024)[0] == layer_KiB * 1024
+        memory.layer_bytes(args.config, 2, 1024)[0] == layer_KiB * 1024
     )  # measured on the real layer, in bf16
-    held = bench.plan(args.config, dtype="bfloat16", **PLAN | {"method": "tdpo2"})
+    held = memory.plan(args.config, dtype="bfloat16", **PLAN | {"method": "tdpo2"})
     assert held["reference"] * 1e9 > 2 * parameters and items["reference"] == 0
     assert items["total"] == pytest.approx(sum(v for name, v in items.items() if name != "total"))
 
@@ -118,11 +120,11 @@ def test_plan_counts_the_bytes_of_a_small_model(dtype, rule):
     optimizer.step()
     size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)  # noqa: E731
     states = [t for state in optimizer.state.values() for t in state.values() if t.ndim]
-    items = bench.plan(config, dtype=dtype, **PLAN | {"rule": rule})
+    items = memory.plan(config, dtype=dtype, **PLAN | {"rule": rule})
     assert items["weights"] * 1e9 == pytest.approx(size(lm.parameters()))
     assert items["gradients"] * 1e9 == pytest.approx(size(p.grad for p in lm.parameters()))
     assert items["optimizer"] * 1e9 == pytest.approx(size(states))
-    formula, _ = bench.layer_bytes(config, 4 if dtype == "float32" else 2, L)
+    formula, _ = memory.layer_bytes(config, 4 if dtype == "float32" else 2, L)
     assert (kept[2] - kept[1]) / tokens == pytest.approx(formula, rel=0.01)
 
 
@@ -144,7 +146,7 @@ def saved_bytes(lm, args):
 
 
 def test_plan_says_whether_it_fits(capsys):
-    bench.print_plan({"weights": 79.0, "total": 81.0})
+    memory.print_plan({"weights": 79.0, "total": 81.0})
     assert "does not fit 80 GB" in capsys.readouterr().out
-    bench.print_plan({"weights": 79.0, "total": 81.0}, gpu_gb=96)
+    memory.print_plan({"weights": 79.0, "total": 81.0}, gpu_gb=96)
     assert "fits 96 GB" in capsys.readouterr().out

@@ -17,6 +17,7 @@ from conftest import M, V, make_lm, make_pairs, make_sae, nudge
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
+import benchmarks
 import eval_diversity
 import fpo
 import losses
@@ -322,7 +323,7 @@ def exported(lm, tokenizer, kind, questions, tmp_path, **options):
     path = tmp_path / ("q.json" if kind == "alpaca_eval" else "q.jsonl")
     lines = "\n".join(map(json.dumps, questions))
     path.write_text(json.dumps(questions) if kind == "alpaca_eval" else lines)
-    read = eval_diversity.read_questions(kind, path)
+    read = benchmarks.read_questions(kind, path)
     return eval_diversity.export(lm, tokenizer, kind, read, model="ours", max_new_tokens=12, **options)
 
 
@@ -395,9 +396,9 @@ def test_questions_that_are_none(tmp_path):
     ):
         path.write_text(json.dumps(line))
         with pytest.raises(ValueError, match=rf"q\.jsonl.*{kind}.*{what}"):
-            eval_diversity.read_questions(kind, path)
+            benchmarks.read_questions(kind, path)
     with pytest.raises(ValueError, match=r"nowhere\.json"):
-        eval_diversity.read_questions("alpaca_eval", tmp_path / "nowhere.json")
+        benchmarks.read_questions("alpaca_eval", tmp_path / "nowhere.json")
 
 
 # ---------------------------------------------------------------------------- the script

@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from conftest import M, V, make_lm, make_pairs, make_sae, nudge
 
+import chunked
 import fpo
 import losses
+import offline
 from data import Pairs, collate
 
 SITES = ((1, "res"), (3, "res"))
@@ -244,7 +246,9 @@ def test_head_against_plain_logits(softcap, chunk):
             logp, ref = log_p[range(11), target], log_r[range(11), target]
             kl, H = (log_r.exp() * (log_r - log_p)).sum(-1), -(log_p.exp() * log_p).sum(-1)
         else:
-            logp, kl, ref, H = fpo._TokenStatistics.apply(a, b, target, softcap, h_ref, W_ref, chunk, True)
+            logp, kl, ref, H = chunked._TokenStatistics.apply(
+                a, b, target, softcap, h_ref, W_ref, chunk, True
+            )
         (logp * torch.linspace(-1, 2, 11) + kl * torch.linspace(0.5, 1, 11)).sum().backward()
         results.append([logp, kl, ref, H, a.grad, b.grad])
     for expected, got in zip(*results, strict=True):
@@ -260,7 +264,7 @@ def test_head_gradcheck():
     h_ref, W_ref, target = torch.randn(3, 4).double(), torch.randn(9, 4).double(), torch.tensor([0, 8, 4])
 
     def apply(h, W):
-        return fpo._TokenStatistics.apply(h, W, target, 3.0, h_ref, W_ref, 4, False)[:2]
+        return chunked._TokenStatistics.apply(h, W, target, 3.0, h_ref, W_ref, 4, False)[:2]
 
     assert torch.autograd.gradcheck(apply, (h, W))
 
@@ -268,7 +272,7 @@ def test_head_gradcheck():
 def test_head_stays_finite_far_out():
     """A logit 200 above the rest in float32: log-probability -200, KL finite."""
     h, W = torch.tensor([[1.0]]), torch.tensor([[200.0], [0.0], [0.0]])
-    logp, kl, _, H = fpo.token_statistics(
+    logp, kl, _, H = chunked.token_statistics(
         h, W, torch.tensor([1]), ref_states=h, ref_weight=W.flip(0), entropy=True
     )
     assert logp.item() == -200 and kl.item() == 200 and H.item() == 0
@@ -283,7 +287,7 @@ def test_pooled_features_against_the_kept_ones(saes):
     h = torch.randn(13, saes[0].d, requires_grad=True)
     g = torch.randn(4, M)
     sae = saes[0]
-    pooled = fpo._PooledFeatures.apply(h, sae.W_enc, sae.b_enc, sae.threshold, owner, lengths, 4, None)
+    pooled = chunked._PooledFeatures.apply(h, sae.W_enc, sae.b_enc, sae.threshold, owner, lengths, 4, None)
     (pooled * g).sum().backward()
     grad, h.grad = h.grad, None
     expected = torch.stack(
@@ -307,7 +311,7 @@ def test_pooled_backward_of_few_features(saes):
         grads = []
         for most in (None, 3):
             x = h.clone().requires_grad_()
-            (fpo.pooled_features(x, sae, owner, lengths, most) * g).sum().backward()
+            (chunked.pooled_features(x, sae, owner, lengths, most) * g).sum().backward()
             grads.append(x.grad)
         assert grads[0].abs().max() > 0.01
         if features == 3:
@@ -319,19 +323,21 @@ def test_pooled_backward_of_few_features(saes):
 # ---- the reference cache
 def build(policy, pairs, folder, *, cache_top=0, layout="separate", **budget):
     identity = identity_of(policy, pairs, cache_top=cache_top, layout=layout)
-    return fpo.build_reference(policy, pairs, folder, identity, layout=layout, **({"max_pairs": 3} | budget))
+    return offline.build_reference(
+        policy, pairs, folder, identity, layout=layout, **({"max_pairs": 3} | budget)
+    )
 
 
 def identity_of(policy, pairs, *, cache_top=0, layout="separate"):
-    weights = fpo.digest(policy.lm.state_dict())
-    return fpo.reference_identity(
+    weights = offline.digest(policy.lm.state_dict())
+    return offline.reference_identity(
         policy, pairs, weights=weights, arithmetic={"layout": layout}, cache_top=cache_top
     )
 
 
 def test_cache_gives_back_what_the_forward_said(reference, saes, tmp_path, monkeypatch):
     """Exactly, pair by pair, in any order, over several shards."""
-    monkeypatch.setattr(fpo, "SHARD", 4)
+    monkeypatch.setattr(offline, "SHARD", 4)
     pairs = make_pairs(10)
     policy = policy_of(reference, saes)
     cache = build(policy, pairs, tmp_path)
@@ -372,7 +378,7 @@ def test_cache_identity(reference, saes, tmp_path):
     home = build(policy, pairs, tmp_path).folder
 
     def found(policy, pairs, **options):
-        return fpo.find_reference(tmp_path, identity_of(policy, pairs, **options))
+        return offline.find_reference(tmp_path, identity_of(policy, pairs, **options))
 
     assert found(policy_of(reference, saes), make_pairs(6)) == home
 
@@ -395,11 +401,11 @@ def test_cache_identity(reference, saes, tmp_path):
 
 def test_cache_goes_on_after_an_interruption(reference, saes, tmp_path, monkeypatch):
     """Killed in the third shard: the first two are kept as they are, the rest is made."""
-    monkeypatch.setattr(fpo, "SHARD", 3)
+    monkeypatch.setattr(offline, "SHARD", 3)
     pairs = make_pairs(11)
     policy = policy_of(reference, saes)
     whole = build(policy, pairs, tmp_path / "whole").lookup(torch.arange(11))
-    write, written = fpo._write_shard, []
+    write, written = offline._write_shard, []
 
     def dies(path, parts):
         if len(written) == 2:
@@ -407,12 +413,12 @@ def test_cache_goes_on_after_an_interruption(reference, saes, tmp_path, monkeypa
         write(path, parts)
         written.append(path)
 
-    monkeypatch.setattr(fpo, "_write_shard", dies)
+    monkeypatch.setattr(offline, "_write_shard", dies)
     with pytest.raises(KeyboardInterrupt):
         build(policy, pairs, tmp_path / "cut")
     times = {path: path.stat().st_mtime_ns for path in written}
     written[1].write_bytes(written[1].read_bytes()[:-5])  # and one of them was truncated
-    monkeypatch.setattr(fpo, "_write_shard", write)
+    monkeypatch.setattr(offline, "_write_shard", write)
     cache = build(policy, pairs, tmp_path / "cut")
     assert (
         written[0].stat().st_mtime_ns == times[written[0]]
@@ -428,7 +434,7 @@ def test_cache_knows_its_identity_by_content_not_place(reference, saes, tmp_path
     policy = policy_of(reference, saes)
     first = build(policy, pairs, tmp_path / "a")
     (tmp_path / "a").rename(tmp_path / "b")
-    assert fpo.find_reference(tmp_path / "b", identity_of(policy, pairs)).name == first.folder.name
+    assert offline.find_reference(tmp_path / "b", identity_of(policy, pairs)).name == first.folder.name
     manifest = json.loads((tmp_path / "b" / first.folder.name / "manifest.json").read_text())
     assert manifest["pairs"] == 3 and "lr" not in json.dumps(manifest)
 

@@ -34,6 +34,7 @@ import torch
 from conftest import make_lm, make_pairs, make_sae
 
 import fpo
+import offline
 import train
 
 ROOT = Path(__file__).parent.parent
@@ -267,12 +268,12 @@ def test_not_finite_is_skipped(folder, monkeypatch):
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     """A small cache of three shards, and how to build or find it again."""
-    monkeypatch.setattr(fpo, "SHARD", 4)
+    monkeypatch.setattr(offline, "SHARD", 4)
     pairs, policy = make_pairs(10), fpo.Policy(make_lm(), [make_sae()], [(1, "res")])
-    identity = fpo.reference_identity(
-        policy, pairs, weights=fpo.digest(policy.lm.state_dict()), arithmetic={"layout": "separate"}
+    identity = offline.reference_identity(
+        policy, pairs, weights=offline.digest(policy.lm.state_dict()), arithmetic={"layout": "separate"}
     )
-    return lambda: fpo.build_reference(
+    return lambda: offline.build_reference(
         policy, pairs, tmp_path / "cache", identity, max_pairs=3, layout="separate"
     )
 
@@ -313,10 +314,10 @@ def test_shard_of_another_cache(cache):
     whole = cache()
     expected, folder = content(whole), whole.folder
     path = folder / "shard_00000.safetensors"
-    fpo.save_file({"logps": torch.zeros(4, 2)}, path, metadata={"cache": "other"})
+    offline.save_file({"logps": torch.zeros(4, 2)}, path, metadata={"cache": "other"})
     stat = path.stat()
-    note = {"sha256": fpo._checksum(path), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-    fpo.write_json(path.with_suffix(".json"), note)
+    note = {"sha256": offline._checksum(path), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    offline.write_json(path.with_suffix(".json"), note)
     assert torch.equal(content(cache()), expected)
 
 
