@@ -534,9 +534,10 @@ def main(argv=None):
     if args.only:
         print("\n" + json.dumps(figures if args.head_only else figures[args.shape]))
     elif args.json:
-        device = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU × {torch.get_num_threads()}"
-        run = {"device": device, "torch": torch.__version__, "flags": vars(args), "figures": figures}
-        offline.write_json(args.json, run)
+        from reproduce import git_commit, hardware, shown
+
+        run = {"command": shown(["", *sys.argv]), "commit": git_commit(), "hardware": hardware()}
+        offline.write_json(args.json, run | {"torch": torch.__version__, "figures": figures})
 
 
 if __name__ == "__main__":
