@@ -534,10 +534,8 @@ def main(argv=None):
     if args.only:
         print("\n" + json.dumps(figures if args.head_only else figures[args.shape]))
     elif args.json:
-        from reproduce import git_commit, hardware, shown
-
-        run = {"command": shown(["", *sys.argv]), "commit": git_commit(), "hardware": hardware()}
-        offline.write_json(args.json, run | {"torch": torch.__version__, "figures": figures})
+        run = presets.made_by() | {"torch": torch.__version__, "figures": figures}
+        offline.write_json(args.json, run)
 
 
 if __name__ == "__main__":

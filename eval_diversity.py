@@ -582,7 +582,7 @@ def run_scores(args, tokenizer, policy, pairs, train, rows, main_rank):
     if args.samples > 1 and "self_bleu" not in scores:
         print("self_bleu is left out: pip install sacrebleu")
     if args.json:
-        offline.write_json(args.json, scores)
+        offline.write_json(args.json, scores | {"made_by": presets.made_by()})
 
 
 def main(argv=None):

@@ -8,6 +8,8 @@ import contextlib
 import json
 import math
 import os
+import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -263,6 +265,30 @@ def rows_of(args, tokenizer, pairs, device) -> dict:
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     multiple = 128 if device.type == "cuda" else 1
     return {"layout": layout, "pack_to": args.pack_to, "row_multiple": multiple, "pad_id": pad}
+
+
+def shown(words: list[str]) -> str:
+    """A command as a user types it."""
+    return shlex.join(["python", *words[1:]])
+
+
+def hardware() -> str:
+    """What this ran on, in words."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
+    return f"{os.cpu_count()} CPU cores"
+
+
+def git_commit() -> str:
+    """The commit, with a + where files differ from it; "unknown" outside a repository."""
+    words = ["git", "describe", "--always", "--dirty=+", "--exclude", "*"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parent)
+    return done.stdout.strip() or "unknown"
+
+
+def made_by() -> dict:
+    """What a file of results says of its making: command, commit, hardware."""
+    return {"command": shown(["", *sys.argv]), "commit": git_commit(), "hardware": hardware()}
 
 
 def shared_flags(parser: argparse.ArgumentParser):

@@ -15,16 +15,15 @@ import concurrent.futures
 import hashlib
 import json
 import os
-import shlex
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import torch
-
+import offline
 import train
+from presets import git_commit, hardware, made_by, shown
 
 # One name and one colour a method, everywhere; the colours are legible on white and on black.
 METHODS = {"sft": ("SFT", "#8c8c8c"), "dpo": ("DPO", "#4c7fd9"), "tdpo1": ("TDPO-1", "#1fa3b5")}
@@ -104,11 +103,6 @@ def make_run(args, name: str, method: str, seed: int, flags=None, *, watched=Fal
     return {"name": name, "method": method, "seed": seed, "folder": out, "commands": commands}
 
 
-def shown(words: list[str]) -> str:
-    """A command as a user types it."""
-    return shlex.join(["python", *words[1:]])
-
-
 def weights_digest(model: str) -> str:
     """SHA-256 of a model's weights on disk."""
     whole = hashlib.sha256()
@@ -149,7 +143,7 @@ def do_run(run: dict, start: str, commit: str):
                 raise RuntimeError(f"{shown(words)}\nended with status {status}: see {folder / 'log.txt'}")
     record = {"commands": [shown(c) for c in run["commands"]], "start": start, "commit": commit}
     record |= {"hardware": hardware(), "seconds": round(time.perf_counter() - began, 1)}
-    (folder / "run.json").write_text(json.dumps(record, indent=1) + "\n")
+    offline.write_json(folder / "run.json", record)
 
 
 def do_runs(args, runs: list[dict]) -> list[dict]:
@@ -168,20 +162,6 @@ def do_runs(args, runs: list[dict]) -> list[dict]:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return [collect(run) for run in runs]
-
-
-def hardware() -> str:
-    """What this ran on, in words."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
-    return f"{os.cpu_count()} CPU cores"
-
-
-def git_commit() -> str:
-    """The commit, with a + where files differ from it; "unknown" outside a repository."""
-    words = ["git", "describe", "--always", "--dirty=+", "--exclude", "*"]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parent)
-    return done.stdout.strip() or "unknown"
 
 
 # ---------------------------------------------------------------------------- numbers
@@ -336,10 +316,9 @@ def publish(args, rows, tables: dict, figures: dict):
     assets, text = Path(args.assets), "\n".join(f"**{title}**\n\n{body}" for title, body in tables.items())
     assets.mkdir(parents=True, exist_ok=True)
     results = json.loads((assets / "results.json").read_text()) if (assets / "results.json").exists() else {}
-    how = {"command": shown(["", *sys.argv]), "commit": git_commit(), "hardware": hardware()}
-    how |= {"runs": len(rows), "runs_done_now": args.todo, "seconds": round(time.perf_counter() - args.began)}
-    results[args.what] = {**how, "rows": rows}
-    (assets / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    seconds = round(time.perf_counter() - args.began)
+    how = made_by() | {"runs": len(rows), "runs_done_now": args.todo, "seconds": seconds}
+    offline.write_json(assets / "results.json", results | {args.what: {**how, "rows": rows}})
     (assets / f"{args.what}.md").write_text(text)
     for name, figure in figures.items():
         with matplotlib.rc_context({"svg.hashsalt": name}):  # the same bytes for the same figure
