@@ -457,6 +457,7 @@ def test_script_on_two_ranks(folder):
         errors = rank.communicate(timeout=120)[1]
         assert rank.returncode == 0, errors
     one, two = (json.loads((folder / f"{name}.json").read_text()) for name in ("one", "two"))
+    assert set(one.pop("made_by")) == set(two.pop("made_by")) == {"command", "commit", "hardware"}
     again, ends, ends_two = one.pop("train"), one.pop("intervals"), two.pop("intervals")
     assert one.keys() == two.keys() and len(one["activations_reference"]) == 4 and len(ends) > 15
     for name in one:
