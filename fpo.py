@@ -1,4 +1,4 @@
-"""FPO's machinery: one forward for everything, the offline reference, and each method's loss from them.
+"""The method: one forward for everything, and from what it says each method's loss.
 
 Glossary, of B pairs
     symbol        name here                shape      place in the paper
@@ -13,13 +13,13 @@ Glossary, of B pairs
     γ_ref, δ      margin, constraint       (B,)       Eq. 8, Table 1
 
 Where each equation is
-    Eq. 3, 4    losses.tdpo1_loss, tdpo2_loss; their KL: losses.sequential_kl, on flat states token_statistics
-    Eq. 5       sae.JumpReLUSAE.encode; pooled without keeping each token's features: pooled_features
+    Eq. 3, 4    losses.tdpo1_loss, tdpo2_loss; their KL: losses.sequential_kl, in slices token_statistics
+    Eq. 5       sae.JumpReLUSAE.encode; pooled in slices: pooled_features (both: chunked.py)
     Eq. 7       losses.dpo_loss
     Eq. 8       the last line of every loss in losses.py
     Eq. 9, 11   losses.fpo_loss
     Eq. 10      losses.feature_mse; over several SAEs layer_mse
-    Sec. 3      Phase 1: build_reference; Phase 2: ReferenceCache.lookup, then method_loss
+    Sec. 3      Phase 1: offline.build_reference; Phase 2: offline.ReferenceCache.lookup, then method_loss
 
 After the transformer everything works on the N states that predict response tokens: no prompt, no padding,
 and never the logits of all positions.

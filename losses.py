@@ -1,5 +1,6 @@
-"""The losses of *Direct Preference Optimization Using Sparse Feature-Level Constraints* (arXiv 2411.07618).
+"""Every loss of Table 1 as a pure function, each with its terms.
 
+Of *Direct Preference Optimization Using Sparse Feature-Level Constraints* (arXiv 2411.07618), by v4's numbers.
 Every preference method is  L = -E log σ(u),  u = LPD - margin - constraint  (Eq. 8, Table 1):
 
     method    function        lpd         margin           constraint
