@@ -1,6 +1,6 @@
 """Every loss of Table 1 as a pure function, each with its terms.
 
-Of *Direct Preference Optimization Using Sparse Feature-Level Constraints* (arXiv 2411.07618), by v4's numbers.
+Of *Direct Preference Optimization Using Sparse Feature-Level Constraints* (arXiv 2411.07618), numbered as v4.
 Every preference method is  L = -E log σ(u),  u = LPD - margin - constraint  (Eq. 8, Table 1):
 
     method    function        lpd         margin           constraint
