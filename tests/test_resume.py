@@ -22,6 +22,7 @@ import json
 import os
 import pickle
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -65,8 +66,6 @@ def losses_of(run):
 
 
 def drop_last_state(run):
-    import shutil
-
     states = sorted((Path(run) / "state").glob("step_*"))
     shutil.rmtree(states[-1])
 
@@ -128,8 +127,15 @@ def wait_for(moment, process, folder, rng):
         time.sleep(0.002)
 
 
+def same_as_whole(folder):
+    """The run that was killed has the uninterrupted one's bits, and each of its lines once."""
+    run, whole = folder / "cut", folder / "whole"
+    assert sha(run / "model/model.safetensors") == sha(whole / "model/model.safetensors")
+    assert steps_of(run) == [1, 2, 3, 4, 5, 6] and losses_of(run) == losses_of(whole)
+
+
 def kill_and_resume(folder, moments, seed):
-    """Kill a run once at each moment and resume it; its end is that of an uninterrupted one."""
+    """Kill a run at each moment and resume it; whenever it ends, it ends as an uninterrupted one. The log."""
     finish(launch(folder, "--out", "whole", "--cache_dir", "other"))
     rng, log = random.Random(seed), []
     for moment in moments:
@@ -145,18 +151,20 @@ def kill_and_resume(folder, moments, seed):
             os.kill(victim, signal.SIGKILL)
             if victim == process.pid:  # torchrun itself: its ranks are left alone, so they go too
                 os.killpg(process.pid, signal.SIGKILL)
-        process.communicate(timeout=120)
-        log.append(f"{moment}: {'ended' if done else 'killed'} after step {len(steps_of(folder / 'cut'))}")
-        if done:  # all six steps are behind it: begin again
-            import shutil
-
+        out, _ = process.communicate(timeout=120)
+        who = (
+            "ended before" if done else "torchrun" if victim == process.pid else f"rank {ranks.index(victim)}"
+        )
+        log.append(f"{moment}: {who}, after step {len(steps_of(folder / 'cut'))}")
+        print(len(log), log[-1], flush=True)
+        if done:
+            assert process.returncode == 0, out[-3000:]
+        if (folder / "cut/scores.json").exists():  # all six steps are behind it: begin again
+            same_as_whole(folder)
             shutil.rmtree(folder / "cut")
     finish(launch(folder, "--out", "cut", "--save_every", "1", "--resume", "auto"))
-    print("\n".join(log))
-    assert sha(folder / "cut/model/model.safetensors") == sha(folder / "whole/model/model.safetensors"), log
-    assert steps_of(folder / "cut") == [1, 2, 3, 4, 5, 6] and losses_of(folder / "cut") == losses_of(
-        folder / "whole"
-    )
+    same_as_whole(folder)
+    return log
 
 
 def test_killed_at_any_moment(folder):
@@ -166,6 +174,14 @@ def test_killed_at_any_moment(folder):
 @pytest.mark.kill
 def test_killed_twenty_times(folder):
     kill_and_resume(folder, MOMENTS * 4, seed=1)
+
+
+@pytest.mark.soak
+def test_killed_a_hundred_times(folder):
+    """At least three of the kills that struck a living run at each moment: pytest -m soak -s."""
+    log = kill_and_resume(folder, MOMENTS * 20, seed=2)
+    struck = [line.split(":")[0] for line in log if "ended before" not in line]
+    assert len(struck) >= 80 and all(struck.count(moment) >= 3 for moment in MOMENTS), log
 
 
 def test_sigterm_saves_and_leaves(folder):
