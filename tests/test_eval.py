@@ -123,6 +123,24 @@ def test_scores_against_plain_loops(lm, sae, tokenizer):
         assert scores[f"activations_{whose}"] == pytest.approx(by_rank, rel=1e-4)
 
 
+@torch.no_grad()
+def test_entropy_and_kl_of_a_uniform_model():
+    """Logits 0: log π(y) = -|y| log V, entropy log V a token, KL(ref ‖ uniform) = |y| log V - Σ H(ref)."""
+    pairs, uniform, known = make_pairs(5, seed=2), make_lm(), make_lm()
+    uniform.model.norm.weight.fill_(-1.0)  # Gemma's final norm multiplies by 1 + weight
+    policy = fpo.Policy(uniform)
+    policy.hold_reference(known)
+    ours = eval_diversity.evaluate_pairs(policy, pairs, layout="shared")
+    alone = eval_diversity.evaluate_pairs(fpo.Policy(make_lm()), pairs, layout="separate")
+    for side in ("chosen", "rejected"):
+        whole = ours[f"lengths_{side}"] * math.log(V)
+        assert torch.allclose(ours[f"logps_{side}"], -whole) and torch.allclose(
+            ours[f"entropy_{side}"], whole
+        )
+        assert torch.allclose(ours[f"kl_{side}"], whole - alone[f"entropy_{side}"], rtol=1e-5)
+        assert (ours[f"kl_{side}"] > 1).all(), "the known model is far from uniform"
+
+
 def test_intervals_of_a_share_are_binomial():
     """A resampled share of n hits and misses is binomial: exact quantiles; a ratio of equals has no width."""
     n, hits = 200, 150
