@@ -16,6 +16,7 @@
 | a model saved as a pickle | refused | test_pickled_model_is_refused |
 """
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -149,8 +150,9 @@ def kill_and_resume(folder, moments, seed):
         done = process.poll() is not None
         if not done:
             os.kill(victim, signal.SIGKILL)
-            if victim == process.pid:  # torchrun itself: its ranks are left alone, so they go too
-                os.killpg(process.pid, signal.SIGKILL)
+            for rank in ranks if victim == process.pid else ():  # torchrun's ranks outlive it
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(rank, signal.SIGKILL)
         out, _ = process.communicate(timeout=120)
         who = (
             "ended before" if done else "torchrun" if victim == process.pid else f"rank {ranks.index(victim)}"
