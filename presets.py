@@ -372,3 +372,7 @@ def running_flags(parser: argparse.ArgumentParser):
     add("--keep", type=int, default=1, help="resume states to keep (1)")
     add("--force", action="store_true", help="resume with other settings than before")
     add("--on_nan", default="stop", choices=("stop", "skip"), help="a loss that is not finite: stop, or skip")
+    add = parser.add_argument_group("trackers, and the hub").add_argument
+    add("--wandb", metavar="PROJECT", help="Weights & Biases: metrics.jsonl's numbers (pip install wandb)")
+    add("--tensorboard", action="store_true", help="the same in --out/tensorboard (pip install tensorboard)")
+    add("--push_to_hub", metavar="REPO", help="the saved model goes there; a new repository is private")

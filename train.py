@@ -13,7 +13,6 @@ import json
 import math
 import os
 import resource
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -28,8 +27,9 @@ import memory
 import offline
 import precision
 import presets
+import report
 import resume
-from data import Renderer, collate, epoch_order, load_pairs, micro_batches
+from data import collate, epoch_order, load_pairs, micro_batches
 from eval_diversity import evaluate
 
 
@@ -240,56 +240,9 @@ def offline_reference(args, policy, digest, data, device, saes, sites, rows, bud
     return *caches, digest
 
 
-# ---------------------------------------------------------------------------- what comes out
-def save_model(policy, tokenizer, args, scores: dict):
-    """A Hugging Face directory with a model card, written aside and renamed. Every rank must call it."""
-    state = precision.full_state_dict(policy)
-    if fpo.ranks()[0]:
-        return
-    out, aside, old = (Path(args.out) / name for name in ("model", "model.tmp", "model.old"))
-    shutil.rmtree(aside, ignore_errors=True)
-    dtype = presets.DTYPES[args.dtype]
-    policy.lm.config.dtype = dtype
-    # What it was trained to end a turn with must end generation too; a base model's own config may not know.
-    stops = policy.lm.generation_config.eos_token_id
-    stops = {*(stops if isinstance(stops, list) else [stops]), Renderer(tokenizer).end} - {None}
-    policy.lm.generation_config.eos_token_id = sorted(stops)
-    policy.lm.save_pretrained(aside, state_dict={name: tensor.to(dtype) for name, tensor in state.items()})
-    tokenizer.save_pretrained(aside)
-    (aside / "README.md").write_text(model_card(args, scores))
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        out.rename(old)
-    aside.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def model_card(args, scores: dict) -> str:
-    """What a model card says: method, data, hyperparameters, held-out scores before and after."""
-    rows = "\n".join(f"| {name} | {before:.4g} | {after:.4g} |" for name, (before, after) in scores.items())
-    settings = "\n".join(f"- {name}: {value}" for name, value in sorted(vars(args).items()))
-    front = (
-        f"library_name: transformers\nbase_model: {args.model}\ndatasets: [{args.dataset.split(':')[0]}]\n"
-    )
-    front += f"tags: [{args.method}, preference-optimization]\n"
-    return (
-        f"---\n{front}---\n\n# {args.model}, trained with {args.method.upper()}\n\n"
-        f"Method: {args.method} (arXiv 2411.07618). Data: {args.dataset}.\n\n"
-        f"| held-out {args.eval_dataset} | before | after |\n|---|---|---|\n{rows}\n\n"
-        f"Settings:\n\n{settings}\n"
-    )
-
-
-def print_table(scores: dict):
-    """The run in a few lines: held-out scores before and after."""
-    print(f"\n{'held-out':<30}{'before':>10}{'after':>10}")
-    for name, (before, after) in scores.items():
-        print(f"{name:<30}{before:>10.4f}{after:>10.4f}")
-
-
 # ---------------------------------------------------------------------------- main
 def main(argv=None):
-    """Train: reads from top to bottom."""
+    """Train: reads from top to bottom. Returns the exit status where it is not 0."""
     # ---- processes, data, model
     with presets.one_line_errors():
         args = parse_args(argv)
@@ -298,6 +251,8 @@ def main(argv=None):
     device = presets.start_processes()
     rank, world = fpo.ranks()
     main_rank = rank == 0
+    with presets.one_line_errors():
+        report.check(args)
     args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     presets.make_toy_world(args)
     with presets.one_line_errors():
@@ -367,6 +322,7 @@ def main(argv=None):
     batches = fpo.stream(pairs, [g for groups in mine for g in groups], device=device, cache=cache, **rows)
     bar = tqdm(total=len(plan), initial=start, desc=args.method, unit=" steps", disable=not main_rank)
     metrics_file = open(out / "metrics.jsonl" if main_rank else os.devnull, "a")  # noqa: SIM115
+    trackers = report.trackers(args, start) if main_rank else []
     stop, stopping = resume.StopSignal(), 0.0
     started = time.perf_counter()
     for step, groups in enumerate(mine, start):
@@ -417,6 +373,8 @@ def main(argv=None):
             line |= {f"eval_{name}": value for name, value in scores(0).items()}
         metrics_file.write(json.dumps(line) + "\n")
         metrics_file.flush()
+        for log in trackers:
+            log(step + 1, line)
         shown = ("loss", "accuracy", "reward_margin", "pairs_per_s")
         bar.set_postfix({name: f"{line[name]:.3f}" for name in shown if name in line})
         bar.update()
@@ -436,15 +394,19 @@ def main(argv=None):
     # ---- what came out
     after = scores(args.eval_samples)
     table = {name: (before[name], after[name]) for name in after}
-    save_model(policy, tokenizer, args, table)
+    report.save_model(policy, tokenizer, args, table)
     if main_rank:
         offline.write_json(out / "scores.json", {"before": before, "after": after})
-        print_table(table)
+        for log in trackers:
+            log(len(plan), {f"eval_{name}": value for name, value in after.items()})
+        report.print_table(table)
         for name in ("model", "metrics.jsonl", "config.json", "scores.json"):
             print(f"{out / name}")
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+    if main_rank and args.push_to_hub:  # after the others have left: an upload outlasts their patience
+        return report.push(out / "model", args.push_to_hub)
 
 
 if __name__ == "__main__":
