@@ -58,7 +58,8 @@ def split_revision(name: str) -> tuple[str, str | None]:
     """(NAME, REVISION) of a hub name that may pin one, NAME@REVISION; an existing path is taken as it is."""
     if os.path.exists(name) or "@" not in name:
         return name, None
-    return tuple(name.rsplit("@", 1))
+    before, revision = name.rsplit("@", 1)
+    return before, revision
 
 
 def read_records(source: str, split: str = "train"):
@@ -321,7 +322,7 @@ def load_pairs(
         raise ValueError(
             f"max_prompt_length {max_prompt_length}: must be at least 1, and below max_length {max_length}"
         )
-    notes = Counter()
+    notes: Counter[str] = Counter()
     records = tqdm(read_records(source), desc="tokenising", unit=" records", disable=not progress)
     rows = _rows(iter(records), Renderer(tokenizer), sft, (max_length, max_prompt_length), notes)
     first = next(rows, None)
@@ -349,8 +350,8 @@ def _rows(records, renderer, sft, limits, notes):
             # SFT: later user turns stand within the response, and are no targets.
             mask = [response for part, (_, response) in zip(parts, pieces[1:], strict=True) for _ in part]
             longest = len(parts[0]) if sft else max(map(len, parts))
-            parts = [list(chain(*parts)), []] if sft else parts
-            prompt, chosen, rejected = _cut(prompt, *parts, longest, renderer.head, limits, notes)
+            chosen, rejected = (list(chain(*parts)), []) if sft else parts
+            prompt, chosen, rejected = _cut(prompt, chosen, rejected, longest, renderer.head, limits, notes)
             if not prompt or chosen == rejected:
                 notes["left out: " + ("identical responses" if prompt else "prompt is empty")] += 1
             else:
@@ -440,7 +441,8 @@ def collate(
         sides = [(1, b, chosen, marks[0]), (2, B + b, rejected, marks[1])]
         rows = [sides] if layout == "shared" else [[side] for side in sides if len(side[2])]
         documents += [_document(prompt, row) for row in rows]
-    places, fill = [], []  # of each document its row and where it starts there; of each row its length
+    places = []  # of each document its row, and where it starts there
+    fill: list[int] = []  # of each row its length
     for document in documents:
         if not fill or fill[-1] + document.shape[1] > pack_to:
             fill.append(0)
@@ -456,7 +458,7 @@ def collate(
     token, _, _, owner, state, _ = grid.flatten(1)
     at = owner.argsort(stable=True)[int((owner < 0).sum()) :]  # the targets' places, by owner
     return Batch(
-        *grid[:3], doc=grid[5], state=state[at], target=token[at], owner=owner[at],
+        grid[0], grid[1], grid[2], grid[5], state=state[at], target=token[at], owner=owner[at],
         lengths=owner[at].bincount(minlength=2 * B), index=torch.tensor(indices),
         weight=torch.full((B,), 0.0 if padding_pair else 1.0),
     )  # fmt: skip

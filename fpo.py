@@ -127,7 +127,8 @@ class Policy(nn.Module):
         self.lm, self._most = lm, None if k is None else 2 * k
         self._saes, self._sites = tuple(saes), tuple(sites)
         self._hooks = self._hook(lm)
-        self._reference, self._reference_hooks = (), ()
+        self._reference: tuple = ()
+        self._reference_hooks: tuple[SiteHook, ...] = ()
 
     def _hook(self, lm):
         hooks = tuple(SiteHook(lm, layer, site) for layer, site in self._sites)
@@ -172,12 +173,13 @@ class Policy(nn.Module):
         )  # fmt: skip
         # Sums over each response as a product: the same order every time, on any device.
         mine = batch.owner == torch.arange(len(batch.lengths), device=batch.owner.device)[:, None]
-        total = lambda x: None if x is None else mine.to(x.dtype) @ x  # noqa: E731
+        total = lambda x: mine.to(x.dtype) @ x  # noqa: E731
+        totals = [None if x is None else total(x) for x in (kl, H)]
         features = lambda read: tuple(  # noqa: E731
             pooled_features(h, sae, batch.owner, batch.lengths, self._most)
             for h, sae in zip(read, self._saes, strict=True)
         )
-        policy = Statistics(total(logps), batch.lengths, features(sites), total(kl), total(H))
+        policy = Statistics(total(logps), batch.lengths, features(sites), *totals)
         if reference is None:
             return policy, None
         with torch.no_grad():
@@ -247,8 +249,8 @@ def method_loss(
     w, l = policy.logps.chunk(2)
     n_w, n_l = policy.lengths.chunk(2)
     values = _distances(policy, reference, k, feature_weights)
-    kls = (values["kl_chosen"], values["kl_rejected"]) if method in NEEDED else None
-    four = (w, l, *reference.logps.chunk(2)) if reference is not None else None
+    kls = (values["kl_chosen"], values["kl_rejected"]) if method in NEEDED else ()
+    four = (w, l, *reference.logps.chunk(2)) if reference is not None else ()
 
     if method == "sft":
         return losses.sft_loss(w, n_w), values
@@ -263,8 +265,11 @@ def method_loss(
     elif method == "tdpo2":
         loss = losses.tdpo2_loss(*four, *kls, beta=beta, alpha=alpha)
     elif method == "fpo":
-        mses = (values["mse_chosen"], values["mse_rejected"])
-        loss = losses.fpo_loss(*four, n_w, n_l, *mses, beta=beta, alpha=alpha, stop_gradient=stop_gradient)
+        ref_w, ref_l = reference.logps.chunk(2)
+        loss = losses.fpo_loss(
+            w, l, ref_w, ref_l, n_w, n_l, values["mse_chosen"], values["mse_rejected"],
+            beta=beta, alpha=alpha, stop_gradient=stop_gradient,
+        )  # fmt: skip
     else:
         raise ValueError(f"method {method!r}: one of {', '.join(METHODS)}")
     reward = rewards(method, policy, reference, beta=beta)

@@ -53,6 +53,12 @@ class JumpReLUSAE(nn.Module):
     Raises: ValueError where a shape does not fit, a value is NaN or inf, or a threshold is negative.
     """
 
+    W_enc: Tensor
+    b_enc: Tensor
+    W_dec: Tensor
+    b_dec: Tensor
+    threshold: Tensor
+
     def __init__(self, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, threshold: Tensor):
         super().__init__()
         if W_enc.ndim != 2:
@@ -141,7 +147,7 @@ def _choose_file(source, files, *, layer, width, site, average_l0) -> str:
     """The one of `files`, paths inside `source`, that holds the SAE; ValueError lists what exists instead."""
     scope = r"layer_(\d+)/width_(\w+)/average_l0_(\d+)/params\.npz"
     scope2 = rf"{FOLDERS[site]}(?:_all)?/layer_(\d+)_width_(\w+)_l0_(small|medium|big)/params\.safetensors"
-    found = {}  # (layer, width, L0) -> file
+    found: dict[tuple, str] = {}  # (layer, width, L0) -> file
     for file in sorted(files):
         if match := re.fullmatch(scope, file) or re.fullmatch(scope2, file):
             found.setdefault((int(match[1]), match[2], match[3]), file)  # FOLDER sorts before FOLDER_all
@@ -172,7 +178,7 @@ def _fetch_from_hub(repo: str, choose, revision) -> Path:
         try:
             root = snapshot_download(repo, revision=revision, local_files_only=True)
         except Exception as miss:  # a partial snapshot is refused, but named; one SAE of many is usual
-            root = getattr(miss, "snapshot_path", None)
+            root = getattr(miss, "snapshot_path", "")
         files = _list_directory(Path(root)) if root else []
         if not files:
             raise _hub_error(repo, revision, error) from None
@@ -241,7 +247,7 @@ class SiteHook:
     Raises: ValueError for an unknown site, a layer out of range, or a model that has no such place.
     """
 
-    def __init__(self, model: nn.Module, layer: int, site: str = "res"):
+    def __init__(self, model, layer: int, site: str = "res"):
         if site not in MODULES:
             raise ValueError(f"unknown site {site!r}: it is one of {', '.join(MODULES)}")
         kind, body = type(model).__name__, getattr(model, "model", None)

@@ -154,9 +154,8 @@ def bad_pairs(seen: list) -> list[int]:
     found = [
         (int(i), not bool(ok)) for index, loss in seen for i, ok in zip(index, loss.isfinite(), strict=True)
     ]
-    parts = [found]
+    parts = [found] * fpo.ranks()[1]
     if dist.is_initialized():
-        parts = [None] * dist.get_world_size()
         dist.all_gather_object(parts, found)
     pairs = [pair for part in parts for pair in part]
     return sorted({i for i, bad in pairs if bad} or {i for i, _ in pairs})
@@ -330,7 +329,8 @@ def main(argv=None):
         for group in optimizer.param_groups:
             group["lr"] = lr
         n_pairs = sum(len(g) for g in plan[step])
-        sums, seen, tokens = {}, [], torch.zeros((), device=device)
+        sums: dict[str, torch.Tensor] = {}
+        seen, tokens = [], torch.zeros((), device=device)
         for micro in range(len(groups)):
             batch, reference = next(batches)
             if ddp:  # read at the forward
@@ -353,8 +353,8 @@ def main(argv=None):
         logged = torch.stack([*sums.values(), tokens, tokens.new_tensor(float(stop.came))]).double()
         if dist.is_initialized():
             dist.all_reduce(logged)
-        *logged, total_tokens, stopping = logged.tolist()
-        line = {"step": step + 1, **{name: value / n_pairs for name, value in zip(sums, logged, strict=True)}}
+        *totals, total_tokens, stopping = logged.tolist()
+        line = {"step": step + 1, **{name: value / n_pairs for name, value in zip(sums, totals, strict=True)}}
         line["grad_norm"] = norm.item()
         if math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"]):
             optimizer.step()
