@@ -56,6 +56,10 @@ PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0}  # dense bf16, the m
 
 
 # ---------------------------------------------------------------------------- flags
+AT_LEAST_1 = ("pairs", "prompt", "response", "layers", "rounds", "rank_of")
+LEAST = {**dict.fromkeys(AT_LEAST_1, 1), "vocab": 5, "peak_tflops": 1e-3}  # tokens are from 4 on
+
+
 def parse_args(argv=None):
     """Flags; a shape fills in what is not given."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
@@ -79,11 +83,12 @@ def parse_args(argv=None):
     add("--updates", **on, help="updates that bf16 weights lose at lr 5e-7")
     add("--peer", choices=("trl",), help="DPO here and in TRL's DPOTrainer")
     add("--only", help=argparse.SUPPRESS)  # a child process, that measures one thing's memory
-    args = parser.parse_args(argv)
+    args = presets.parse_flags(parser, argv, LEAST)
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    for name in ("pairs", "prompt", "response", "vocab", "layers", "rounds", "rank_of"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            parser.error(f"--{name} {value}: must be at least 1")
+    outputs = {"json": args.json, "draw": args.draw and args.draw[1]}
+    for name, path in outputs.items():
+        if path:
+            presets.check_output(name, path, folder=False)
     return args
 
 
@@ -331,9 +336,12 @@ def draw_figure(json_file, path):
     matplotlib.use("svg")
     from matplotlib import pyplot as plt
 
-    run = json.loads(Path(json_file).read_text())
-    ((shape, figures),) = run["figures"].items()
-    rows = {row["method"]: row for row in figures["methods"]}
+    try:
+        run = json.loads(Path(json_file).read_text())
+        ((shape, figures),) = run["figures"].items()
+        rows = {row["method"]: row for row in figures["methods"]}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"--draw {json_file}: not what --json writes of one --shape's methods") from None
     names, grey = [name for name in PAPER_FIG_4 if name in rows], "#7f7f7f"
     bars = [
         ("step time / SimPO's", [rows[name]["time/SimPO"] for name in names]),
@@ -513,9 +521,10 @@ def peer(args):
 # ---------------------------------------------------------------------------- main
 def main(argv=None):
     """Run what the flags ask for."""
-    args = parse_args(argv)
-    if args.draw:
-        return draw_figure(*args.draw)
+    with presets.one_line_errors():
+        args = parse_args(argv)
+        if args.draw:
+            return draw_figure(*args.draw)
     if args.peer:
         if importlib.util.find_spec("trl") is None:
             raise SystemExit("--peer trl: TRL is not installed: pip install trl==1.16.0")

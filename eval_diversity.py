@@ -440,7 +440,12 @@ def add_flags(parser):
     """The flags of its own, in four groups."""
     score = parser.add_argument_group("scores").add_argument
     score("--beta", type=float, default=0.1, help="β of the margins, one for all methods (0.1)")
-    score("--train_pairs", nargs="?", const="", help="training pairs too (Table 2): the preset's, or these")
+    score(
+        "--train_pairs",
+        nargs="?",
+        const="preset",
+        help="training pairs too (Table 2): the preset's, or these",
+    )
     score("--features_top", type=int, default=0, help="largest pooled features by rank; Fig. 2: 50 (0: none)")
     score("--bootstrap", type=int, default=1000, help="resamples for the intervals (1000); 0: none")
     score("--json", help="write all that is printed here")
@@ -465,15 +470,19 @@ def add_flags(parser):
     answer("--temperature", type=float, nargs="+", help="a file each (0.7; Arena-Hard 0, MT-Bench its own)")
 
 
+AT_LEAST_1 = ("prompts", "k", "features", "sample_batch", "max_new_tokens", "max_length", "max_prompt_length")
+LEAST = dict.fromkeys(AT_LEAST_1, 1)  # of the other numbers 0
+
+
 def parse_args(argv=None):
     """Flags over the preset's values."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     presets.shared_flags(parser)
     add_flags(parser)
-    args = parser.parse_args(argv)
+    args = presets.parse_flags(parser, argv, LEAST)
     preset = presets.PRESETS[args.preset]
     args.dataset = args.dataset or preset["eval_dataset"]
-    args.train_pairs = preset["dataset"] if args.train_pairs == "" else args.train_pairs
+    args.train_pairs = preset["dataset"] if args.train_pairs == "preset" else args.train_pairs
     for name, value in preset.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
@@ -489,19 +498,12 @@ def parse_args(argv=None):
 
 
 def check_args(args):
-    """Errors that need no file: each names the value and what is allowed."""
+    """Errors that need no model and no data: each names the value and what is allowed."""
+    for name in ("json", "weights", "out"):
+        if getattr(args, name) is not None:
+            presets.check_output(name, getattr(args, name), folder=False)
     if not 0 < args.top_p <= 1:
         raise ValueError(f"--top_p {args.top_p}: must be above 0 and at most 1")
-    least = {"samples": 0, "prompts": 1, "k": 1, "features": 1, "features_top": 0, "bootstrap": 0, "beta": 0}
-    least |= {"sample_batch": 1}
-    least |= {"max_new_tokens": 1, "weight_inside": 0, "weight_outside": 0}
-    for name, low in least.items():
-        value = getattr(args, name)
-        if value is not None and not low <= value < float("inf"):
-            raise ValueError(f"--{name} {value}: must be at least {low}")
-    for value in args.temperature or ():
-        if not 0 <= value < float("inf"):
-            raise ValueError(f"--temperature {value}: must be at least 0")
     if args.export and args.find_features:
         raise ValueError("--export and --find_features: one at a time")
     if args.export and not (args.questions and args.out):
@@ -594,6 +596,8 @@ def main(argv=None):
     presets.make_toy_world(args)
     with presets.one_line_errors():
         questions = read_questions(args.export, args.questions, args.prompts) if args.export else None
+        for name in dict.fromkeys((args.model, args.reference or args.model)):
+            presets.load_config(name)  # small, and what names no model has none
         tokenizer = presets.load_tokenizer(args.model)
         limits = {"max_length": args.max_length, "max_prompt_length": args.max_prompt_length}
         limits |= {"sft": bool(args.find_features), "progress": main_rank}

@@ -6,6 +6,7 @@ CUDA. bench.py measures them.
 
 import copy
 import os
+import re
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -22,12 +23,15 @@ def plan_run(args):
         config = bench.shape_config(args.preset, "flex_attention")
     else:
         config = presets.load_config(args.model)
-    width = int(args.sae_width.removesuffix("k")) * (1024 if args.sae_width.endswith("k") else 1)
+    width = re.fullmatch(r"(\d+)([km]?)", args.sae_width)
+    if width is None:
+        raise ValueError(f"--sae_width {args.sae_width}: a number is needed for --plan, as in 512, 16k or 1m")
+    m = int(width[1]) * {"": 1, "k": 2**10, "m": 2**20}[width[2]]
     items = plan(
         config, method=args.method, dtype=args.dtype or "bfloat16", rule=args.optimizer, ranks=args.ranks,
         shard=args.shard, micro_batch_tokens=args.micro_batch_tokens or 8 * args.max_length,
         response_share=1.0, checkpointing=args.activation_checkpointing,
-        sae_shape=(config.hidden_size, width), row_tokens=args.max_length,
+        sae_shape=(config.hidden_size, m), row_tokens=args.max_length,
     )  # fmt: skip
     print_plan(items, args.gpu_gb)
     print(

@@ -142,7 +142,7 @@ def hub_errors(what: str, name: str):
     """Turn the hub's many errors about one artefact into a ValueError of one line that says what to do."""
     try:
         yield
-    except (OSError, HfHubHTTPError) as error:
+    except (OSError, ValueError, HfHubHTTPError) as error:
         chain = [error]
         while (before := chain[-1].__cause__ or chain[-1].__context__) is not None:
             chain.append(before)
@@ -155,25 +155,31 @@ def hub_errors(what: str, name: str):
         raise ValueError(f"{what} {name!r} can't be loaded: {todo}") from None
 
 
+def model_place(name: str) -> tuple[str, str | None]:
+    """(NAME, REVISION) of a model's directory or hub repo. ValueError where it can be neither."""
+    name, revision = split_revision(name)
+    if not os.path.isdir(name) and (name.startswith((".", "/", "runs/")) or name.count("/") != 1):
+        raise ValueError(f"model {name!r}: no such directory (and a hub name is OWNER/NAME)")
+    return name, revision
+
+
 def load_tokenizer(name: str):
     """The tokenizer of a Hugging Face directory or repo, NAME or NAME@REVISION."""
-    name, revision = split_revision(name)
+    name, revision = model_place(name)
     with hub_errors("tokenizer of", name):
         return AutoTokenizer.from_pretrained(name, revision=revision)
 
 
 def load_config(name: str):
     """A model's config, NAME or NAME@REVISION, with flex_attention."""
-    name, revision = split_revision(name)
+    name, revision = model_place(name)
     with hub_errors("model", name):
         return AutoConfig.from_pretrained(name, revision=revision, attn_implementation="flex_attention")
 
 
 def load_lm(name: str, device, *, dtype=torch.float32, move=True):
     """A causal LM, NAME or NAME@REVISION. Attention: eager on CPU, flex on CUDA; sdpa has no softcap."""
-    name, revision = split_revision(name)
-    if not os.path.isdir(name) and (name.startswith((".", "/", "runs/")) or name.count("/") != 1):
-        raise ValueError(f"model {name!r}: no such directory (and a hub name is OWNER/NAME)")
+    name, revision = model_place(name)
     attention = "flex_attention" if torch.device(device).type == "cuda" else "eager"
     with hub_errors("model", name):
         lm = AutoModelForCausalLM.from_pretrained(
@@ -291,6 +297,42 @@ def made_by() -> dict:
     return {"command": shown(["", *sys.argv]), "commit": git_commit(), "hardware": hardware()}
 
 
+def parse_flags(parser: argparse.ArgumentParser, argv=None, least=()) -> argparse.Namespace:
+    """The flags given, each checked by itself; a flag that is not given stays None, or at its default.
+
+    Args:
+        least: the least value of each number, where it is not 0.
+    Raises:
+        ValueError: what argparse refuses, in its words; an empty text; a number that is too small, not finite
+            or (a slip, and too large for a seed) 2^32 or more.
+    """
+
+    def error(message):  # argparse's own prints its usage: a page
+        raise ValueError(message)
+
+    parser.error = error
+    args, least = parser.parse_args(argv), dict(least)
+    for name, given in vars(args).items():
+        for value in given if isinstance(given, list) else [given]:
+            if value == "":
+                raise ValueError(f"--{name} '': must not be empty")
+            low = least.get(name, 0)
+            if isinstance(value, (int, float)) and not low <= value < 2**32:
+                raise ValueError(f"--{name} {value}: must be at least {low}, and below 2^32")
+    return args
+
+
+def check_output(flag: str, path, *, folder: bool):
+    """ValueError where nothing can be written at `path`: before the work, not after it."""
+    place = Path(path).absolute()
+    there = next(p for p in (place, *place.parents) if p.exists())
+    if there == place and there.is_dir() and not folder:
+        raise ValueError(f"--{flag} {path}: it is a folder; a file is needed")
+    there = there if folder or there != place else there.parent
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise ValueError(f"--{flag} {path}: {there} is no folder that can be written")
+
+
 def shared_flags(parser: argparse.ArgumentParser):
     """Flags that training and evaluation have in common. A hub name may pin a revision: NAME@REVISION."""
     layouts = ("auto", "shared", "separate")
@@ -310,12 +352,7 @@ def shared_flags(parser: argparse.ArgumentParser):
     add("--sae_layer", type=int, nargs="+", help="0-based; of several D_FPO is averaged (Table 7)")
     add("--sae_width", help="16k in Table 5")
     add("--sae_site", choices=("res", "mlp", "att"), help="residual, as in Table 5, or MLP (Table 3)")
-    add(
-        "--sae_l0",
-        type=float,
-        nargs="+",
-        help="average L0, for all layers or for each (none: nearest to 100)",
-    )
+    add("--sae_l0", type=int, nargs="+", help="average L0, for all layers or for each (nearest to 100)")
     add("--k", type=int, default=50, help="of Eq. 10 (authors' code: 50)")
 
 

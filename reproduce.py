@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 
 import offline
+import presets
 import train
 from presets import git_commit, hardware, made_by, shown
 
@@ -470,21 +471,23 @@ def parse_args(argv=None):
     parser.add_argument(
         "--real", action="store_true", help="control: print the commands for the paper's data"
     )
-    args = parser.parse_args(argv)
+    least = dict.fromkeys(("steps", "eval_every", "samples", "at_once", "ranks"), 1)
+    args = presets.parse_flags(parser, argv, least)
     args.began, args.todo = time.perf_counter(), 0  # runs that this call had to do
     toy = args.preset == "toy"
     for name, here, elsewhere in (("eval_every", 25, 200), ("at_once", 2, 1), ("ranks", 1, 4)):
         if getattr(args, name) is None:
             setattr(args, name, here if toy else elsewhere)
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} {getattr(args, name)}: must be at least 1")
     args.out = args.out or f"runs/{args.preset}/reproduce"
+    for name in ("out", "assets"):
+        presets.check_output(name, getattr(args, name), folder=True)
     return args
 
 
 def main(argv=None):
     """What all runs start from, then the runs, the tables and the figures."""
-    args = parse_args(argv)
+    with presets.one_line_errors():
+        args = parse_args(argv)
     if args.preset == "toy":
         extra = {"all_saes": True} if args.what == "ablation" else {}
         subprocess.run(command("toy.py", 1, {"out": "runs/toy", **extra}), check=True)

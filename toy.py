@@ -31,6 +31,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from tqdm import tqdm
 from transformers import Gemma2Config, Gemma2ForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
+import presets
 from losses import sequence_logps
 from sae import JumpReLUSAE, SiteHook
 
@@ -536,17 +537,17 @@ def make_world(out, *, seed=0, all_saes=False, force=False):
     return json.loads((out / "toy.json").read_text())
 
 
-def main():
+def main(argv=None):
+    """Make the world that the flags ask for, and say what is in it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/toy"), help="directory to write to (runs/toy)")
+    parser.add_argument("--out", default="runs/toy", help="directory to write to (runs/toy)")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same files (0)")
     parser.add_argument("--all_saes", action="store_true", help="also residual and MLP SAEs of every layer")
     parser.add_argument("--force", action="store_true", help="make it anew where it is already")
-    args = parser.parse_args()
-    try:
+    with presets.one_line_errors():
+        args = presets.parse_flags(parser, argv)
+        presets.check_output("out", args.out, folder=True)
         report = make_world(args.out, seed=args.seed, all_saes=args.all_saes, force=args.force)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
     print(f"{args.out}: a model of {report['parameters']:,} parameters and {report['vocabulary']} pieces")
     for path, sae in report["saes"].items():
         print(f"{path}: L0 {sae['l0']:.1f}, FVU {sae['fvu']:.1%}, {sae['dead']:.1%} of features dead")

@@ -32,8 +32,12 @@ import resume
 from data import collate, epoch_order, load_pairs, micro_batches
 from eval_diversity import evaluate
 
-
 # ---------------------------------------------------------------------------- flags
+AT_LEAST_1 = ("batch_size", "epochs", "steps", "k", "max_prompt_length", "max_length", "sample_batch")
+AT_LEAST_1 += ("eval_tokens", "keep", "ranks", "gpu_gb")
+LEAST = dict.fromkeys(AT_LEAST_1, 1)  # of the other numbers 0
+
+
 def parse_args(argv=None):
     """Flags, over the preset's values, over Table 5's for the method: all of them end up in config.json."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
@@ -41,7 +45,7 @@ def parse_args(argv=None):
     presets.shared_flags(parser)
     presets.training_flags(parser)
     presets.running_flags(parser)
-    args = parser.parse_args(argv)
+    args = presets.parse_flags(parser, argv, LEAST)
     preset = dict(presets.PRESETS[args.preset])
     sft_data = {name: preset.pop(f"sft_{name}") for name in ("dataset", "eval_dataset")}
     preset |= sft_data if args.method == "sft" else {}
@@ -59,31 +63,9 @@ def parse_args(argv=None):
 
 
 def check_args(args):
-    """Errors that need no file: each names the value and what is allowed."""
-    least = {
-        "lr": 0,
-        "beta": 0,
-        "batch_size": 1,
-        "epochs": 1,
-        "k": 1,
-        "max_length": 2,
-        "max_prompt_length": 1,
-    }
-    least |= {
-        "warmup_steps": 0,
-        "micro_batch_pairs": 0,
-        "micro_batch_tokens": 0,
-        "eval_every": 0,
-        "alpha": 0,
-        "save_every": 0,
-        "keep": 1,
-    }
-    for name, low in least.items():
-        value = getattr(args, name)
-        if value is not None and not (math.isfinite(value) and value >= low):
-            raise ValueError(f"--{name} {value}: must be at least {low}")
-    if args.steps is not None and args.steps < 1:
-        raise ValueError(f"--steps {args.steps}: must be at least 1")
+    """Errors that need no model and no data: each names the value and what is allowed."""
+    for name in ("out", "cache_dir"):
+        presets.check_output(name, getattr(args, name), folder=True)
     if args.shard == "fsdp" and args.eval_samples:
         raise ValueError(
             f"--eval_samples {args.eval_samples}: must be 0 with --shard fsdp; sample from the saved model"
@@ -168,6 +150,8 @@ def load_run(args, device, main_rank):
     Returns:
         tokenizer, pairs, held-out pairs, SAEs, their sites, and how rows are laid out.
     """
+    for name in dict.fromkeys((args.model, args.reference)):
+        presets.load_config(name)  # small, and what names no model has none
     tokenizer = presets.load_tokenizer(args.model)
     limits = {
         "max_length": args.max_length,

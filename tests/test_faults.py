@@ -1,0 +1,127 @@
+"""Wrong values and input, full disks, dead ranks, one rank's NaN. Runs that are cut are in test_resume.py."""
+
+import argparse
+import subprocess
+from unittest import mock
+
+import pytest
+
+import bench
+import eval_diversity
+import presets
+import reproduce
+import toy
+import train
+
+# ---------------------------------------------------------------------------- flags
+SCRIPTS = {
+    "train.py": (train, ["--preset", "toy"]),
+    "eval_diversity.py": (eval_diversity, ["--preset", "toy", "--samples", "0"]),
+    "bench.py": (bench, []),
+    "reproduce.py": (reproduce, ["control"]),
+    "toy.py": (toy, []),
+}
+# Numbers that may be 0: none of that thing, no limit, or the first one.
+MAY_BE_0 = {
+    "train.py": "sae_layer seed beta alpha gamma lr warmup_steps warmup_ratio max_grad_norm eval_every "
+    "save_every eval_samples cache_top pack_to micro_batch_pairs micro_batch_tokens",
+    "eval_diversity.py": "sae_layer seed beta temperature features_top bootstrap samples weight_inside "
+    "weight_outside pack_to",
+    "bench.py": "",
+    "reproduce.py": "seeds",
+    "toy.py": "seed",
+}
+MODEL = ["", "./missing", "a/b/c", "empty_folder", "notes.txt"]
+DATA = ["", "missing.jsonl", "empty_folder", "notes.txt", "empty.jsonl", "broken.jsonl"]
+FOLDER = ["", "notes.txt", "notes.txt/below"]
+FILE = ["", "empty_folder", "notes.txt/below.json"]
+TEXTS = {  # flag: wrong values
+    "model": MODEL, "reference": MODEL, "dataset": DATA, "eval_dataset": DATA, "train_pairs": DATA,
+    "sae": ["", "/missing", "empty_folder", "notes.txt"], "sae_width": ["", "64k"],
+    "cache_dir": FOLDER, "out": FOLDER, "assets": FOLDER, "json": FILE, "weights": FILE,
+    "feature_weights": ["", "missing.json", "empty_folder", "notes.txt", "broken.jsonl"],
+    "find_features": ["", "missing.jsonl", "empty_folder"], "what": ["", "no_such"],
+    "draw": ["missing.json", "broken.jsonl", "empty_folder"],
+    "questions": ["", "missing.jsonl", "empty_folder", "notes.txt", "empty.jsonl"],
+}  # fmt: skip
+ANSWERS = ["--export", "records", "--questions", "empty.jsonl", "--out", "answers.jsonl"]
+WITH = {  # what a flag needs beside it to be read at all
+    ("eval_diversity.py", "weights"): ["--find_features", "broken.jsonl", "broken.jsonl"],
+    ("eval_diversity.py", "questions"): ANSWERS,
+    ("eval_diversity.py", "out"): ANSWERS,
+    ("eval_diversity.py", "temperature"): ANSWERS,
+    ("eval_diversity.py", "sae"): ["--features_top", "3"],
+    ("eval_diversity.py", "sae_width"): ["--features_top", "3"],
+    ("eval_diversity.py", "sae_layer"): ["--features_top", "3"],
+    ("eval_diversity.py", "sae_l0"): ["--features_top", "3"],
+}
+
+
+def flags_of(script):
+    """The arguments that a script's own parser takes."""
+    module, given = SCRIPTS[script]
+    take = mock.Mock(side_effect=StopIteration)
+    with mock.patch.object(argparse.ArgumentParser, "parse_args", autospec=True, side_effect=take) as parse:
+        with pytest.raises(StopIteration):
+            (module.parse_args if hasattr(module, "parse_args") else module.main)(given)
+        (parser, *_), _ = parse.call_args
+    return [a for a in parser._actions if a.nargs != 0 and a.help != argparse.SUPPRESS]
+
+
+def wrong_values(script, flag):
+    """Values that a flag must refuse, by what it is; a text that nobody thought about has none."""
+    if flag.choices:
+        return ["", "no_such"]
+    if flag.type is None:
+        return FILE if (script, flag.dest) == ("eval_diversity.py", "out") else TEXTS.get(flag.dest, [])
+    zero = [] if flag.dest in MAY_BE_0[script].split() else ["0"]
+    return ["", "x", "-1", "nan", "inf", str(2**70), *zero] + ["1.5"] * (flag.type is int)
+
+
+CASES = [(script, flag) for script in SCRIPTS for flag in flags_of(script)]
+
+
+@pytest.mark.parametrize("script, flag", CASES, ids=[f"{s}-{f.dest}" for s, f in CASES])
+def test_wrong_values(folder, monkeypatch, capsys, script, flag):
+    """Every flag of every script: one line, status 2, and no model was loaded."""
+    (folder / "empty_folder").mkdir()
+    (folder / "notes.txt").write_text("words\n")
+    (folder / "empty.jsonl").write_text("\n")
+    (folder / "broken.jsonl").write_text('{"prompt": "a", "chosen"\n')
+    loaded = mock.Mock(side_effect=AssertionError("a model was loaded"))
+    monkeypatch.setattr(presets.AutoModelForCausalLM, "from_pretrained", loaded)
+    monkeypatch.setattr(subprocess, "run", loaded)
+    monkeypatch.setattr(toy, "make_world", loaded)
+    module, given = SCRIPTS[script]
+    values = wrong_values(script, flag)
+    assert values, f"no wrong value is known of {script} --{flag.dest}"
+    for value in values:
+        words = [value, "b.svg"] if flag.nargs == 2 else [value]
+        words = [f"--{flag.dest}", *words] if flag.option_strings else words
+        with pytest.raises(SystemExit) as stop:
+            module.main([*(given if flag.option_strings else []), *WITH.get((script, flag.dest), []), *words])
+        errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+        assert stop.value.code == 2 and len(errors) == 1, (words, errors)
+        assert f"--{flag.dest}" in errors[0] or (value or flag.dest) in errors[0], (words, errors)
+
+
+def test_wrong_values_together(folder, capsys):
+    """What is wrong only beside another flag, or is no folder at all."""
+    for flags, says in (
+        (["--warmup_ratio", "1"], "--warmup_ratio 1.0: must be from 0 to below 1"),
+        (["--sae_layer", "3", "--sae_l0", "40", "50"], "--sae_l0 [40, 50]: one value, or one for each"),
+        (["--plan", "--sae_width", "wide"], "--sae_width wide: a number is needed"),
+        (["--no_such"], "--no_such"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            train.main(["--preset", "toy", *flags])
+        errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+        assert stop.value.code == 2 and len(errors) == 1 and says in errors[0], (flags, errors)
+
+
+def test_an_average_l0_is_a_folders_name(folder):
+    """Gemma Scope's L0s are whole numbers; the SAE of the toy world is found by its own."""
+    (path,) = (folder / "runs/toy/sae").rglob("average_l0_*")
+    l0 = path.name.removeprefix("average_l0_")
+    args = train.parse_args(["--preset", "toy", "--sae_l0", l0])
+    assert [sae.m for sae in presets.load_saes(args, "cpu")[0]] == [512]
