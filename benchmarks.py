@@ -52,6 +52,8 @@ def read_questions(kind, path, most=None) -> list[tuple[dict, list[str]]]:
         if not (turns and all(isinstance(turn, str) for turn in turns)):
             raise ValueError(f"{path}, record {where}: no question of {kind}: turns {turns!r:.80}")
         questions.append((record, turns))
+    if not questions:
+        raise ValueError(f"questions {path}: there is none")
     return questions
 
 
