@@ -7,10 +7,12 @@
 A pair costs two log-probabilities and both responses' non-zero pooled features: no logits, no token's states.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -88,33 +90,33 @@ def build_reference(policy: Policy, pairs: Pairs, cache_dir, identity, *, max_to
     (rank, world), device = ranks(), policy.lm.device
     folder = find_reference(cache_dir, identity)
     barrier()  # every rank has looked before any writes
-    lock = _lock(folder) if rank == 0 else None
-    if rank == 0 and not _serves(_manifest(folder), identity):
-        write_json(folder / "manifest.json", {"identity": identity, "pairs": len(pairs), "shard": SHARD})
-    barrier()
-    shards = [folder / f"shard_{s:05d}.safetensors" for s in range(-(-len(pairs) // SHARD))]
-    missing = [s for s, path in enumerate(shards) if not _whole(path)]
-    barrier()  # every rank has seen the same
-    budget = {"max_pairs": max_pairs, "max_tokens": max_tokens}
-    groups, ends = _shard_batches(pairs, missing[rank::world], rows["layout"], budget)
-    groups = lockstep(groups, device)
-    policy.eval()
-    parts, dropped = [], []
-    bar = tqdm(total=len(groups), desc="reference (Phase 1)", unit=" batches", disable=rank > 0 or not groups)
-    with torch.no_grad(), bar:
-        for i, (batch, _) in enumerate(stream(pairs, groups, device=device, **rows)):
-            statistics, _ = policy(batch)
-            if groups[i]:
-                parts.append(_sparse(batch.index, statistics, identity["cache_top"], dropped))
-            if i in ends:
-                _write_shard(shards[ends[i]], parts)
-                parts = []
-            bar.update()
-    if dropped and rank == 0:
-        _say_dropped(dropped)
-    barrier()
-    if lock:
-        lock.close()
+    with _lock(folder) if rank == 0 else contextlib.nullcontext():  # let go of on an error too
+        if rank == 0 and not _serves(_manifest(folder), identity):
+            write_json(folder / "manifest.json", {"identity": identity, "pairs": len(pairs), "shard": SHARD})
+        barrier()
+        shards = [folder / f"shard_{s:05d}.safetensors" for s in range(-(-len(pairs) // SHARD))]
+        missing = [s for s, path in enumerate(shards) if not _whole(path)]
+        barrier()  # every rank has seen the same
+        budget = {"max_pairs": max_pairs, "max_tokens": max_tokens}
+        groups, ends = _shard_batches(pairs, missing[rank::world], rows["layout"], budget)
+        groups = lockstep(groups, device)
+        policy.eval()
+        parts, dropped = [], []
+        bar = tqdm(
+            total=len(groups), desc="reference (Phase 1)", unit=" batches", disable=rank > 0 or not groups
+        )
+        with torch.no_grad(), bar:
+            for i, (batch, _) in enumerate(stream(pairs, groups, device=device, **rows)):
+                statistics, _ = policy(batch)
+                if groups[i]:
+                    parts.append(_sparse(batch.index, statistics, identity["cache_top"], dropped))
+                if i in ends:
+                    _write_shard(shards[ends[i]], parts)
+                    parts = []
+                bar.update()
+        if dropped and rank == 0:
+            _say_dropped(dropped)
+        barrier()
     return ReferenceCache(folder, identity["saes"])
 
 
@@ -166,11 +168,8 @@ def _write_shard(path, parts):
         tensors[f"ids.{s}"] = torch.cat([ids for ids, _ in vectors])
         tensors[f"values.{s}"] = torch.cat([values for _, values in vectors])
     aside = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
+    with writing(aside):
         save_file(tensors, aside, metadata={"cache": path.parent.name})
-    except SafetensorError as error:
-        aside.unlink(missing_ok=True)
-        raise OSError(f"{aside}: {error}") from None
     checksum, stat = _checksum(aside), aside.stat()
     aside.replace(path)
     note = {"sha256": checksum, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
@@ -226,8 +225,22 @@ def write_json(path, value):
     """Write JSON aside and rename: a reader sees the old file or the new one."""
     aside = Path(path).with_suffix(f".{os.getpid()}.tmp")
     aside.parent.mkdir(parents=True, exist_ok=True)
-    aside.write_text(json.dumps(value, indent=1) + "\n")
+    with writing(aside):
+        aside.write_text(json.dumps(value, indent=1) + "\n")
     aside.replace(path)
+
+
+@contextlib.contextmanager
+def writing(path, *, keep: bool = False):
+    """Where the disk refuses, an OSError that names the file or folder. Unless to `keep`, what was begun
+    is removed: a full disk needs the room.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if not keep:
+            shutil.rmtree(path) if os.path.isdir(path) else Path(path).unlink(missing_ok=True)
+        raise OSError(f"{path}: {error}") from None
 
 
 class ReferenceCache:
@@ -256,7 +269,7 @@ class ReferenceCache:
             note = path.with_suffix(".json")
             if not note.exists() or json.loads(note.read_text())["sha256"] != _checksum(path):
                 note.unlink(missing_ok=True)
-                raise ValueError(f"{path}: not the bytes that were written; start again to make it anew")
+                raise OSError(f"{path}: not the bytes that were written; start again to make it anew")
             file = safe_open(path, "pt")
             starts = {}
             for s, _ in self.places:

@@ -118,22 +118,21 @@ def start_processes(device: str | None = None) -> torch.device:
 
 
 @contextlib.contextmanager
-def one_line_errors(everyone: bool = False):
+def one_line_errors(everyone: bool = False, kinds=(ValueError, OSError)):
     """A wrong value ends the program with one line and status 2, not a traceback.
 
     Args:
         everyone: every rank says its own error (a disk's, say), not rank 0 alone what all of them found.
+        kinds: of the errors that are taken so.
     """
     rank = int(os.environ.get("RANK", 0))
     try:
         yield
-    except (ValueError, OSError) as error:
+    except kinds as error:
         if everyone or rank == 0:
-            print(
-                f"error: {error}" if not rank else f"error (rank {rank}): {error}",
-                file=sys.stderr,
-                flush=True,
-            )
+            whose = f"error (rank {rank})" if rank else "error"
+            bar = "\n" * everyone  # a progress bar may stand on the line
+            print(f"{bar}{whose}: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
 
 

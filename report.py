@@ -10,6 +10,7 @@ from huggingface_hub import create_repo, upload_folder, whoami
 from huggingface_hub.utils import validate_repo_id
 
 import fpo
+import offline
 import precision
 import presets
 from data import Renderer, split_revision
@@ -103,9 +104,11 @@ def save_model(policy, tokenizer, args, scores: dict):
     stops = policy.lm.generation_config.eos_token_id
     stops = {*(stops if isinstance(stops, list) else [stops]), Renderer(tokenizer).end} - {None}
     policy.lm.generation_config.eos_token_id = sorted(stops)
-    policy.lm.save_pretrained(aside, state_dict={name: tensor.to(dtype) for name, tensor in state.items()})
-    tokenizer.save_pretrained(aside)
-    (aside / "README.md").write_text(model_card(args, scores))
+    state = {name: tensor.to(dtype) for name, tensor in state.items()}
+    with offline.writing(aside):
+        policy.lm.save_pretrained(aside, state_dict=state)
+        tokenizer.save_pretrained(aside)
+        (aside / "README.md").write_text(model_card(args, scores))
     shutil.rmtree(old, ignore_errors=True)
     if out.exists():
         out.rename(old)

@@ -98,9 +98,10 @@ def save_state(out, step: int, policy, optimizer, meta: dict, *, keep: int = 1):
     for name, (tensor, first, everywhere) in _held(policy, optimizer).items():
         if not (everywhere and rank):  # what every rank holds, rank 0 writes
             pieces[name], firsts[name] = tensor.contiguous(), str(first)
-    path = aside / f"rank_{rank}.safetensors"
-    save_file(pieces, path, metadata=firsts)
-    _flush(path)
+    with offline.writing(aside):
+        path = aside / f"rank_{rank}.safetensors"
+        save_file(pieces, path, metadata=firsts)
+        _flush(path)
     fpo.barrier()
     if rank == 0:
         offline.write_json(aside / "state.json", {"step": step, "ranks": world, **meta})

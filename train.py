@@ -224,6 +224,7 @@ def offline_reference(args, policy, digest, data, device, saes, sites, rows, bud
 
 
 # ---------------------------------------------------------------------------- main
+@presets.one_line_errors(everyone=True, kinds=OSError)  # a full disk, a damaged cache
 def main(argv=None):
     """Train: reads from top to bottom. Returns the exit status where it is not 0."""
     # ---- processes, data, model
@@ -355,8 +356,9 @@ def main(argv=None):
         line["peak_memory_gb"] = peak_memory_gb(device)
         if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < len(plan):
             line |= {f"eval_{name}": value for name, value in scores(0).items()}
-        metrics_file.write(json.dumps(line) + "\n")
-        metrics_file.flush()
+        with offline.writing(metrics_file.name, keep=True):
+            metrics_file.write(json.dumps(line) + "\n")
+            metrics_file.flush()
         for log in trackers:
             log(step + 1, line)
         shown = ("loss", "accuracy", "reward_margin", "pairs_per_s")

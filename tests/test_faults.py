@@ -1,15 +1,20 @@
 """Wrong values and input, full disks, dead ranks, one rank's NaN. Runs that are cut are in test_resume.py."""
 
 import argparse
+import json
+import resource
 import subprocess
+from pathlib import Path
 from unittest import mock
 
 import pytest
 
 import bench
 import eval_diversity
+import offline
 import presets
 import reproduce
+import resume
 import toy
 import train
 
@@ -125,3 +130,83 @@ def test_an_average_l0_is_a_folders_name(folder):
     l0 = path.name.removeprefix("average_l0_")
     args = train.parse_args(["--preset", "toy", "--sae_l0", l0])
     assert [sae.m for sae in presets.load_saes(args, "cpu")[0]] == [512]
+
+
+# ---------------------------------------------------------------------------- the disk
+RUN = ["--preset", "toy", "--method", "fpo", "--steps", "6", "--warmup_steps", "2", "--batch_size", "16"]
+RUN += ["--eval_every", "0", "--eval_samples", "0", "--no-eval_kl"]
+
+
+def stopped(capsys, flags):
+    """The one line that train.py ends with, status 2."""
+    with pytest.raises(SystemExit) as stop:
+        train.main(flags)
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error"))
+    assert stop.value.code == 2
+    return line
+
+
+def files(*folders):
+    """{name: bytes} of all that lies in some folders."""
+    found = [path for folder in folders for path in Path(folder).rglob("*") if path.is_file()]
+    return {str(path): path.read_bytes() for path in found if path.name != "lock"}
+
+
+def losses_of(run):
+    return [json.loads(line)["loss"] for line in Path(run, "metrics.jsonl").read_text().splitlines()]
+
+
+FULL = {  # at which function's call the disk is full, which call, bytes that a file still takes, which file
+    "cache": (offline, "_write_shard", 2, 1000, "shard_00000"),
+    "metrics": (train, "peak_memory_gb", 3, 0, "cut/metrics.jsonl"),
+    "state": (resume, "save_state", 2, 1000, "cut/state/step_00000004.tmp"),
+    "model": (train, "save_model", 1, 1000, "cut/model.tmp"),
+}
+
+
+@pytest.mark.parametrize("what", FULL)
+def test_full_disk(folder, monkeypatch, capsys, what):
+    """One line names the file; what was there is whole, what was begun gone; with room again it goes on."""
+    (folder / "cut/model").mkdir(parents=True)
+    (folder / "cut/model/weights").write_text("of an earlier run")
+    module, name, full_at, room, named = FULL[what]
+    real, before, hard = getattr(module, name), [], resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+
+    def cramped(*args, **kwargs):
+        before.append(files("cut", "runs/toy/reference"))
+        if len(before) == full_at:  # no file grows beyond it: the same error of every write, without a disk
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, cramped)
+    try:
+        assert named in stopped(capsys, [*RUN, "--out", "cut", "--save_every", "2"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert files("cut", "runs/toy/reference") == before[-1]
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+    train.main([*RUN, "--out", "cut", "--save_every", "2", "--resume", "auto"])
+    train.main([*RUN, "--out", "whole"])
+    weights = [Path(run, "model/model.safetensors").read_bytes() for run in ("cut", "whole")]
+    assert weights[0] == weights[1] and not (folder / "cut/model/weights").exists()
+    assert losses_of("cut") == losses_of("whole") and len(losses_of("cut")) == 6
+
+
+def test_a_folder_that_can_not_be_made(folder, capsys):
+    """Nobody makes folders in /proc, and no check beforehand knows it."""
+    assert "/proc/fpo" in stopped(capsys, [*RUN, "--out", "/proc/fpo"])
+
+
+def test_a_byte_that_flips_while_training(folder, capsys, monkeypatch):
+    """The cache is damaged after the start has looked at it: one line names the shard."""
+    scores = train.evaluate
+
+    def flip(*args, **kwargs):
+        for shard in Path("runs/toy/reference").rglob("shard_*.safetensors"):
+            content = shard.read_bytes()
+            shard.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+        return scores(*args, **kwargs)
+
+    monkeypatch.setattr(train, "evaluate", flip)
+    assert "shard_00000.safetensors: not the bytes" in stopped(capsys, RUN)
