@@ -2,8 +2,14 @@
 
 import argparse
 import json
+import os
+import re
 import resource
+import shutil
+import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -17,6 +23,8 @@ import reproduce
 import resume
 import toy
 import train
+
+ROOT = Path(__file__).parent.parent
 
 # ---------------------------------------------------------------------------- flags
 SCRIPTS = {
@@ -210,3 +218,115 @@ def test_a_byte_that_flips_while_training(folder, capsys, monkeypatch):
 
     monkeypatch.setattr(train, "evaluate", flip)
     assert "shard_00000.safetensors: not the bytes" in stopped(capsys, RUN)
+
+
+# ---------------------------------------------------------------------------- several ranks
+def torchrun(folder, *words, ranks=2, options=()):
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    return subprocess.Popen(
+        [*start, *options, *map(str, words)], cwd=folder, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+
+
+def kill_rank(process, rank, run, after):
+    """kill -9 of a rank once the run has logged so many steps."""
+    metrics = Path(run, "metrics.jsonl")
+    while not metrics.exists() or metrics.read_text().count("\n") < after:
+        assert process.poll() is None, process.communicate()[0][-3000:]
+        time.sleep(0.005)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    (victim,) = (pid for pid in children if f"\0RANK={rank}\0" in Path(f"/proc/{pid}/environ").read_text())
+    os.kill(int(victim), signal.SIGKILL)
+
+
+def test_a_dead_rank_is_named(folder):
+    """The other rank ends with it, and torchrun says which one was first."""
+    process = torchrun(folder, ROOT / "train.py", *RUN, "--steps", "500", "--out", "cut")
+    kill_rank(process, 1, "cut", after=2)
+    out, _ = process.communicate(timeout=60)
+    first = out[out.index("Root Cause") :]
+    assert process.returncode and re.search(r"rank +: 1 .*\n.*exitcode +: -9 .*SIGKILL", first), out[-3000:]
+    assert not Path("cut/model").exists()
+
+
+RANKS = """
+import hashlib, json, os, sys
+import torch.distributed as dist
+import train
+RUN, rank, seen = sys.argv[1:], os.environ["RANK"], {"calls": 0}
+loss, save = train.fpo.method_loss, train.save_model
+
+def poisoned(*args, **kwargs):  # rank 1 alone, in step 2
+    value, extra = loss(*args, **kwargs)
+    seen["calls"] += 1
+    return (value * float("nan") if rank == "1" and seen["calls"] == 2 else value), extra
+
+def noted(policy, *args):
+    weights = b"".join(p.detach().numpy().tobytes() for p in policy.parameters())
+    seen["weights"] = hashlib.sha256(weights).hexdigest()
+    save(policy, *args)
+
+dist.destroy_process_group = lambda: None  # three runs in one
+train.main([*RUN, "--steps", "4", "--batch_size", "3", "--dataset", "four.jsonl", "--out", "uneven"])
+train.fpo.method_loss, train.save_model = poisoned, noted
+try:
+    train.main([*RUN, "--out", "stop", "--on_nan", "stop"])
+except FloatingPointError as error:
+    seen["stop"] = str(error)
+seen["calls"] = 0
+train.main([*RUN, "--out", "skip", "--on_nan", "skip"])
+open(f"rank_{rank}.json", "w").write(json.dumps(seen))
+"""
+
+
+def test_two_ranks_decide_alike(folder):
+    """A NaN that rank 1 alone sees stops both, or both skip that step. Where the ranks' shares are uneven, or
+    one has none (batches of 3 and 1), the losses are those of one process.
+    """
+    lines = (folder / "runs/toy/train.jsonl").read_text().splitlines()[:4]
+    (folder / "four.jsonl").write_text("\n".join(lines))
+    (folder / "ranks.py").write_text(RANKS)
+    process = torchrun(folder, "ranks.py", *RUN)
+    out, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, out[-3000:]
+    a, b = (json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(2))
+    assert a["stop"] == b["stop"] and re.fullmatch(r"step 2: .*: \[\d+(, \d+){7}\]", a["stop"])
+    assert a["weights"] == b["weights"]
+    skipped = [json.loads(line) for line in (folder / "skip/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in skipped if "skipped" in line] == [2] and len(skipped) == 6
+    train.main([*RUN, "--steps", "4", "--batch_size", "3", "--dataset", "four.jsonl", "--out", "alone"])
+    assert losses_of("uneven") == pytest.approx(losses_of("alone"), rel=1e-5)
+
+
+@pytest.mark.kill
+def test_restarted_by_torchrun(folder):
+    """torchrun --max_restarts 1, --save_every, --resume auto: a kill -9 changes no bit of what comes out."""
+    process = torchrun(folder, ROOT / "train.py", *RUN, "--steps", "60", "--out", "whole")
+    out, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, out[-3000:]
+    flags = [*RUN, "--steps", "60", "--out", "cut", "--save_every", "5", "--resume", "auto"]
+    process = torchrun(folder, ROOT / "train.py", *flags, options=["--max_restarts", "1"])
+    kill_rank(process, 1, "cut", after=7)
+    out, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, out[-3000:]
+    assert losses_of("cut") == losses_of("whole") and len(losses_of("cut")) == 60
+    weights = [Path(run, "model/model.safetensors").read_bytes() for run in ("cut", "whole")]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.kill
+def test_three_ranks_resume(folder):
+    """Three ranks, left after step 3 of 6 and resumed: the same bits."""
+    flags = [ROOT / "train.py", *RUN, "--save_every", "3", "--keep", "2"]
+    for extra in (["--out", "whole"], ["--out", "cut"], ["--out", "cut", "--resume"]):
+        process = torchrun(folder, *flags, *extra, ranks=3)
+        out, _ = process.communicate(timeout=200)
+        assert process.returncode == 0, out[-3000:]
+        if extra == ["--out", "cut"]:
+            shutil.rmtree(folder / "cut/state/step_00000006")
+            shutil.rmtree(folder / "cut/model")
+    assert losses_of("cut") == losses_of("whole")
+    weights = [Path(run, "model/model.safetensors").read_bytes() for run in ("cut", "whole")]
+    assert weights[0] == weights[1]
