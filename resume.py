@@ -9,6 +9,7 @@ So another number of ranks finds what it needs, and with the same number a resum
 that was never interrupted. Nothing is unpickled.
 """
 
+import fcntl
 import json
 import os
 import shutil
@@ -196,6 +197,21 @@ def cut_metrics(path, step: int):
     aside = path.with_suffix(".tmp")
     aside.write_text("".join(kept))
     aside.replace(path)
+
+
+# ---------------------------------------------------------------------------- one run a folder
+def hold(out):
+    """Hold a run's folder until this process ends; keep what is returned. OSError while another run has it.
+
+    A killed torchrun leaves its ranks at work: a run started again would write over theirs.
+    """
+    Path(out).mkdir(parents=True, exist_ok=True)
+    lock = open(Path(out) / "lock", "w")  # noqa: SIM115
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise OSError(f"--out {out}: another run writes there; end it, or choose another folder") from None
+    return lock
 
 
 # ---------------------------------------------------------------------------- signals

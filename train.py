@@ -237,6 +237,7 @@ def main(argv=None):
     main_rank = rank == 0
     with presets.one_line_errors():
         report.check(args)
+    lock = resume.hold(args.out) if main_rank else None  # noqa: F841
     args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     presets.make_toy_world(args)
     with presets.one_line_errors():

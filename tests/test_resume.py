@@ -173,6 +173,23 @@ def test_killed_at_any_moment(folder):
     kill_and_resume(folder, MOMENTS, seed=0)
 
 
+def test_two_runs_in_one_folder(folder, capfd):
+    """While a process holds a run's folder another is refused and writes nothing; then it goes on."""
+    code = "import resume, sys; lock = resume.hold('run'); print('held', flush=True); sys.stdin.read()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": folder}
+    where = {**os.environ, "PYTHONPATH": str(ROOT)}
+    other = subprocess.Popen([sys.executable, "-c", code], env=where, **pipes)
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(SystemExit) as error:
+        train.main([*RUN, "--out", "run"])
+    assert error.value.code == 2 and "--out run: another run writes there" in capfd.readouterr().err
+    assert [path.name for path in (folder / "run").iterdir()] == ["lock"]
+    other.kill()
+    other.wait()
+    train.main([*RUN, "--out", "run"])
+    assert steps_of("run") == [1, 2, 3, 4, 5, 6]
+
+
 @pytest.mark.kill
 def test_killed_twenty_times(folder):
     kill_and_resume(folder, MOMENTS * 4, seed=1)
