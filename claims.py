@@ -30,8 +30,8 @@ way round for the theorem. No KL exceeds 2 cap + log V, the ceiling: a bound abo
 
 Measured on the toy world (assets/claims.md): every bound holds at every position. Hoeffding's is about ten
 times the KL, the lemma's a thousand times, the theorem's a million times and from step 10 on above the
-ceiling; there rms(h) is about 4, so M overrates the logits, and norm and softcap take three quarters off. The
-condition fails: an SAE that misses 2 % of the states' variance misses ‖Δe‖ ≈ ‖Δh‖ of their change.
+ceiling everywhere; norm and softcap take three quarters off. The condition fails: an SAE that misses 2 % of
+the states' variance misses about as much of their change as there is (‖Δe‖ ≈ ‖Δh‖).
 """
 
 import argparse
@@ -363,7 +363,8 @@ def publish(path: Path, results: dict):
     tables = {"theorem": theorem_table, "departures": departures_table}
     texts = {what: table(results[what]) for what, table in tables.items() if what in results}
     aside = path.with_suffix(f".{os.getpid()}.tmp")
-    aside.write_text("\n".join(f"`{results[what]['command']}`\n\n{text}" for what, text in texts.items()))
+    how = "`{command}` (commit {commit}, seed {seed}, {pairs} pairs; {hardware}, {seconds:.0f} s)\n\n"
+    aside.write_text("\n".join(how.format(**results[what]) + text for what, text in texts.items()))
     aside.replace(path.with_suffix(".md"))
     if "theorem" in results:
         with matplotlib.rc_context({"svg.hashsalt": "theorem"}):  # the same bytes for the same figure
