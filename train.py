@@ -33,8 +33,8 @@ from data import collate, epoch_order, load_pairs, micro_batches
 from eval_diversity import evaluate
 
 # ---------------------------------------------------------------------------- flags
-AT_LEAST_1 = ("batch_size", "epochs", "steps", "k", "max_prompt_length", "max_length", "sample_batch")
-AT_LEAST_1 += ("eval_tokens", "keep", "ranks", "gpu_gb")
+AT_LEAST_1 = ["batch_size", "epochs", "steps", "k", "max_prompt_length", "max_length", "sample_batch"]
+AT_LEAST_1 += ["eval_tokens", "keep", "ranks", "gpu_gb"]
 LEAST = dict.fromkeys(AT_LEAST_1, 1)  # of the other numbers 0
 
 
