@@ -103,9 +103,7 @@ PRESETS = {
 
 
 def start_processes(device: str | None = None) -> torch.device:
-    """Join torchrun's other processes (gloo on CPU, nccl on CUDA); alone without torchrun. Returns this
-    rank's device.
-    """
+    """Join torchrun's other processes, by gloo, on CUDA nccl; alone without it. Returns the rank's device."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     transformers_logging.disable_progress_bar()  # bars of half a second, one a rank
@@ -389,9 +387,7 @@ def running_flags(parser: argparse.ArgumentParser):
     add("--micro_batch_tokens", type=int, help="most tokens of a forward, padding counted; 0: no limit")
     add("--activation_checkpointing", **yes_no, help="Table 5: on (toy: off)")
     shards = ("none", "states", "fsdp")
-    add(
-        "--shard", default="states", choices=shards, help="what the ranks share out: optimizer states, or all"
-    )
+    add("--shard", default="states", choices=shards, help="what ranks share out: optimizer states, or all")
     add("--compile", action="store_true", help="torch.compile each layer")
     add("--plan", action="store_true", help="train nothing: print the memory that a rank will need")
     add("--gpu_gb", type=float, default=80.0, help="the card's memory, for --plan (80)")

@@ -26,28 +26,9 @@ import fpo
 import offline
 
 # May differ between a run and its continuation: they change no bit, or only how often something is looked at.
-FREE = {
-    "resume",
-    "save_every",
-    "keep",
-    "force",
-    "on_nan",
-    "eval_every",
-    "eval_samples",
-    "eval_kl",
-    "eval_tokens",
-    "sample_batch",
-    "out",
-}
-FREE |= {
-    "cache_dir",
-    "start_note",
-    "micro_batch_pairs",
-    "micro_batch_tokens",
-    "base",
-    "sft_dataset",
-    "sft_eval_dataset",
-}
+FREE = {"resume", "save_every", "keep", "force", "on_nan", "out", "cache_dir", "start_note", "base"}
+FREE |= {"eval_every", "eval_samples", "eval_kl", "eval_tokens", "sample_batch"}
+FREE |= {"micro_batch_pairs", "micro_batch_tokens", "sft_dataset", "sft_eval_dataset"}
 FREE |= {"wandb", "tensorboard", "push_to_hub", "plan", "gpu_gb", "ranks"}
 
 
@@ -63,9 +44,7 @@ def _rows(tensor) -> tuple[torch.Tensor, int]:
 
 
 def _held(policy, optimizer):
-    """{name: (tensor, first row, whether every rank holds the same)}: weights, and this rank's optimizer
-    states.
-    """
+    """{name: (tensor, first row, whether every rank holds the same)} of weights and this rank's states."""
     inner = getattr(optimizer, "optim", optimizer)  # within a ZeroRedundancyOptimizer: this rank's share
     held, mine = {}, {id(p): group for group in inner.param_groups for p in group["params"]}
     for name, parameter in policy.named_parameters():
@@ -82,8 +61,7 @@ def _held(policy, optimizer):
 
 # ---------------------------------------------------------------------------- save
 def save_state(out, step: int, policy, optimizer, meta: dict, *, keep: int = 1):
-    """Write the state after `step` into OUT/state, then remove all but the last `keep`. Every rank must call
-    it.
+    """Write the state after `step` into OUT/state, and keep the last `keep`. Every rank must call it.
 
     Args:
         meta: what state.json says besides step and ranks (settings, reference, scores before training).
@@ -136,9 +114,7 @@ def read_meta(out, args, reference: str) -> dict:
     """
     states = saved_states(out)
     if not states:
-        raise ValueError(
-            f"--resume: no state in {Path(out) / 'state'}; --resume auto starts anew where there is none"
-        )
+        raise ValueError(f"--resume: no state in {Path(out) / 'state'}; auto starts anew where there is none")
     meta = json.loads((states[-1] / "state.json").read_text())
     before, now = meta["settings"], json.loads(json.dumps(vars(args)))
     changed = [name for name in now if name not in FREE and before.get(name) != now[name]]
@@ -146,9 +122,7 @@ def read_meta(out, args, reference: str) -> dict:
         what = ", ".join(f"--{name} was {before.get(name)}, is {now[name]}" for name in changed)
         raise ValueError(f"--resume {states[-1]}: {what}; --force goes on with the new values")
     if meta["reference"] != reference:
-        raise ValueError(
-            f"--resume {states[-1]}: it was trained against another reference than {args.reference}"
-        )
+        raise ValueError(f"--resume {states[-1]}: trained against another reference than {args.reference}")
     return meta
 
 
@@ -216,9 +190,7 @@ def hold(out):
 
 # ---------------------------------------------------------------------------- signals
 class StopSignal:
-    """Notes SIGTERM and SIGINT (preemption), for the loop to save and leave at the step's end. A second one
-    kills.
-    """
+    """Notes SIGTERM and SIGINT, for the loop to save and leave at the step's end. A second one kills."""
 
     def __init__(self):
         self.came = False

@@ -130,12 +130,9 @@ def peak_memory_gb(device) -> float:
 
 
 def bad_pairs(seen: list) -> list[int]:
-    """Pairs of the step, of all ranks, whose loss is not finite; all of the step's where only a gradient is
-    not.
-    """
-    found = [
-        (int(i), not bool(ok)) for index, loss in seen for i, ok in zip(index, loss.isfinite(), strict=True)
-    ]
+    """Pairs of the step, of all ranks, whose loss is not finite; all of them where only a gradient is not."""
+    finite = [(index, loss.isfinite()) for index, loss in seen]
+    found = [(int(i), not bool(ok)) for index, oks in finite for i, ok in zip(index, oks, strict=True)]
     parts = [found] * fpo.ranks()[1]
     if dist.is_initialized():
         dist.all_gather_object(parts, found)
@@ -153,20 +150,13 @@ def load_run(args, device, main_rank):
     for name in dict.fromkeys((args.model, args.reference)):
         presets.load_config(name)  # small, and what names no model has none
     tokenizer = presets.load_tokenizer(args.model)
-    limits = {
-        "max_length": args.max_length,
-        "max_prompt_length": args.max_prompt_length,
-        "sft": args.method == "sft",
-    }
+    limits = {"max_length": args.max_length, "max_prompt_length": args.max_prompt_length}
     data = []
     for name, source in (("train", args.dataset), ("held out", args.eval_dataset)):
-        data.append(load_pairs(source, tokenizer, progress=main_rank, **limits))
+        data.append(load_pairs(source, tokenizer, sft=args.method == "sft", progress=main_rank, **limits))
         if main_rank:
-            print(
-                f"{name}: {len(data[-1])} pairs",
-                *(f"{n} × {what}" for what, n in data[-1].notes.items() if n),
-                sep="; ",
-            )
+            notes = [f"{n} × {what}" for what, n in data[-1].notes.items() if n]
+            print(f"{name}: {len(data[-1])} pairs", *notes, sep="; ")
     needs_sae = args.method == "fpo" or (args.eval_kl and args.method != "sft")
     saes, sites = presets.load_saes(args, device) if needs_sae else ([], [])
     return tokenizer, *data, saes, sites, presets.rows_of(args, tokenizer, data[0], device)
@@ -203,8 +193,7 @@ def load_reference(args, device):
 
 
 def offline_reference(args, policy, digest, data, device, saes, sites, rows, budget):
-    """Phase 1 over training and held-out pairs, by the policy itself where training starts from the
-    reference.
+    """Phase 1 over training and held-out pairs; by the policy itself where it starts from the reference.
 
     Returns: the two caches, and the digest of the reference's weights.
     """
