@@ -278,7 +278,7 @@ def load_run(folder: Path, preset: str, pairs: int) -> argparse.Namespace:
     words = reproduce.command("train.py", 1, {"preset": preset, **RUN, "out": folder})
     missing = not (folder / "scores.json").exists()
     if missing and (preset != "toy" or subprocess.run(words).returncode):
-        raise ValueError(f"--run {folder}: no finished run; to make it: {reproduce.shown(words)}")
+        raise ValueError(f"--run {folder}: no finished run; to make it: {presets.shown(words)}")
     settings = argparse.Namespace(**json.loads((folder / "config.json").read_text()))
     states, device = resume.saved_states(folder), presets.start_processes()
     if not states:
@@ -381,24 +381,23 @@ def parse_args(argv=None):
     parser.add_argument("--run", help="a run with its states (runs/PRESET/claims; the toy's is made)")
     parser.add_argument("--pairs", type=int, default=0, help="held-out pairs to take; 0: all")
     parser.add_argument("--json", default="assets/claims.json", help="file; table and figure go beside it")
-    args = parser.parse_args(argv)
+    args = presets.parse_flags(parser, argv)
     args.run, args.json = Path(args.run or f"runs/{args.preset}/claims"), Path(args.json)
-    if args.pairs < 0:
-        parser.error(f"--pairs {args.pairs}: must be at least 0")
     if args.json.suffix != ".json":
-        parser.error(f"--json {args.json}: must end in .json")
+        raise ValueError(f"--json {args.json}: must end in .json")
+    presets.check_output("json", args.json, folder=False)
     return args
 
 
 def main(argv=None):
     """Measure, write, print."""
-    args, began = parse_args(argv), time.perf_counter()
+    began = time.perf_counter()
     with presets.one_line_errors():
+        args = parse_args(argv)
         results = json.loads(args.json.read_text()) if args.json.exists() else {}
         run = load_run(args.run, args.preset, args.pairs)
         found = {"theorem": theorem, "departures": departures}[args.what](run)
-    how = {"command": reproduce.shown(["", *sys.argv]), "commit": reproduce.git_commit()}
-    how |= {"seed": run.settings.seed, "hardware": reproduce.hardware(), "pairs": run.n}
+    how = {**presets.made_by(), "seed": run.settings.seed, "pairs": run.n}
     how |= {"seconds": round(time.perf_counter() - began, 1), "settings": vars(run.settings)}
     publish(args.json, results | {args.what: how | found})
 
