@@ -106,17 +106,33 @@ def saved_states(out) -> list[Path]:
     return sorted(path for path in (Path(out) / "state").glob("step_*") if path.suffix != ".tmp")
 
 
+def set_aside(out):
+    """Rename the states of the run before to OUT/state.old, when one begins anew in its folder: it may have
+    come further, and the new run's states would be taken for its older ones.
+    """
+    folder, old = Path(out) / "state", Path(out) / "state.old"
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+
+
 def read_meta(out, args, reference: str) -> dict:
     """state.json of the last state, after checking that this run is the same run.
 
     Raises:
-        ValueError: no state; other settings (each named; --force takes them); another reference.
+        ValueError: no state, or a damaged one; other settings (each named; --force takes them); another
+            reference.
     """
     states = saved_states(out)
     if not states:
         raise ValueError(f"--resume: no state in {Path(out) / 'state'}; auto starts anew where there is none")
-    meta = json.loads((states[-1] / "state.json").read_text())
-    before, now = meta["settings"], json.loads(json.dumps(vars(args)))
+    path = states[-1] / "state.json"
+    try:
+        meta = json.loads(path.read_text())
+        before, _ = dict(meta["settings"]), (meta["step"], meta["before"], meta["reference"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--resume: {path} is not what a run writes: {error!r}") from None
+    now = json.loads(json.dumps(vars(args)))
     changed = [name for name in now if name not in FREE and before.get(name) != now[name]]
     if changed and not args.force:
         what = ", ".join(f"--{name} was {before.get(name)}, is {now[name]}" for name in changed)
@@ -142,6 +158,8 @@ def load_state(out, policy, optimizer):
             piece = file.get_slice(name)
             low, high = max(first, start), min(first + len(tensor), start + piece.get_shape()[0])
             if low < high:
+                if list(tensor.shape[1:]) != piece.get_shape()[1:]:
+                    raise ValueError(f"{folder}: {name} is of another model: {piece.get_shape()}")
                 with torch.no_grad():
                     tensor[low - first : high - first].copy_(piece[low - start : high - start])
                 done += high - low

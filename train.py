@@ -282,6 +282,8 @@ def main(argv=None):
         start, before = meta["step"], meta["before"]
     else:
         before = scores(args.eval_samples)
+        if main_rank:
+            resume.set_aside(out)
     meta = {"settings": vars(args), "reference": digest, "before": before}
     out.mkdir(parents=True, exist_ok=True)
     if main_rank:

@@ -220,6 +220,36 @@ def test_a_byte_that_flips_while_training(folder, capsys, monkeypatch):
     assert "shard_00000.safetensors: not the bytes" in stopped(capsys, RUN)
 
 
+# ---------------------------------------------------------------------------- states
+def test_a_run_that_begins_anew(folder, monkeypatch, capsys):
+    """In the folder of one that came further, cut after its first state: not taken for the other."""
+    new = [*RUN, "--lr", "1e-3", "--save_every", "2"]
+    train.main([*new, "--out", "whole"])
+    train.main([*RUN, "--out", "cut", "--save_every", "3"])
+    norm, steps = train.precision.clip_gradients, []
+
+    def dies(*args):
+        steps.append(1)
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+        return norm(*args)
+
+    monkeypatch.setattr(train.precision, "clip_gradients", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train.main([*new, "--out", "cut"])
+    train.main([*new, "--out", "cut", "--resume", "auto"])
+    assert len(steps) == 4 + 4 and losses_of("cut") == losses_of("whole")
+    assert Path("cut/state.old/step_00000006/state.json").exists()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"settings": 3, "step": 1}'])
+def test_a_state_that_says_nothing(folder, capsys, text):
+    (folder / "cut/state/step_00000002").mkdir(parents=True)
+    (folder / "cut/state/step_00000002/state.json").write_text(text)
+    line = stopped(capsys, [*RUN, "--out", "cut", "--resume"])
+    assert "step_00000002/state.json is not what a run writes" in line
+
+
 # ---------------------------------------------------------------------------- several ranks
 def torchrun(folder, *words, ranks=2, options=()):
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
@@ -247,7 +277,7 @@ def test_a_dead_rank_is_named(folder):
     kill_rank(process, 1, "cut", after=2)
     out, _ = process.communicate(timeout=60)
     first = out[out.index("Root Cause") :]
-    assert process.returncode and re.search(r"rank +: 1 .*\n.*exitcode +: -9 .*SIGKILL", first), out[-3000:]
+    assert process.returncode and re.search(r"rank +: 1 .*\n.*exitcode +: -9 .*SIGKILL", first), out[-9000:]
     assert not Path("cut/model").exists()
 
 
@@ -290,7 +320,7 @@ def test_two_ranks_decide_alike(folder):
     (folder / "ranks.py").write_text(RANKS)
     process = torchrun(folder, "ranks.py", *RUN)
     out, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, out[-3000:]
+    assert process.returncode == 0, out[-9000:]
     a, b = (json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(2))
     assert a["stop"] == b["stop"] and re.fullmatch(r"step 2: .*: \[\d+(, \d+){7}\]", a["stop"])
     assert a["weights"] == b["weights"]
@@ -305,12 +335,12 @@ def test_restarted_by_torchrun(folder):
     """torchrun --max_restarts 1, --save_every, --resume auto: a kill -9 changes no bit of what comes out."""
     process = torchrun(folder, ROOT / "train.py", *RUN, "--steps", "60", "--out", "whole")
     out, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, out[-3000:]
+    assert process.returncode == 0, out[-9000:]
     flags = [*RUN, "--steps", "60", "--out", "cut", "--save_every", "5", "--resume", "auto"]
     process = torchrun(folder, ROOT / "train.py", *flags, options=["--max_restarts", "1"])
     kill_rank(process, 1, "cut", after=7)
     out, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, out[-3000:]
+    assert process.returncode == 0, out[-9000:]
     assert losses_of("cut") == losses_of("whole") and len(losses_of("cut")) == 60
     weights = [Path(run, "model/model.safetensors").read_bytes() for run in ("cut", "whole")]
     assert weights[0] == weights[1]
@@ -323,7 +353,7 @@ def test_three_ranks_resume(folder):
     for extra in (["--out", "whole"], ["--out", "cut"], ["--out", "cut", "--resume"]):
         process = torchrun(folder, *flags, *extra, ranks=3)
         out, _ = process.communicate(timeout=200)
-        assert process.returncode == 0, out[-3000:]
+        assert process.returncode == 0, out[-9000:]
         if extra == ["--out", "cut"]:
             shutil.rmtree(folder / "cut/state/step_00000006")
             shutil.rmtree(folder / "cut/model")
