@@ -596,13 +596,15 @@ def main(argv=None):
     presets.make_toy_world(args)
     with presets.one_line_errors():
         questions = read_questions(args.export, args.questions, args.prompts) if args.export else None
-        for name in dict.fromkeys((args.model, args.reference or args.model)):
-            presets.load_config(name)  # small, and what names no model has none
+        size = presets.vocabulary_size(args.model, args.reference or args.model)
         tokenizer = presets.load_tokenizer(args.model)
         limits = {"max_length": args.max_length, "max_prompt_length": args.max_prompt_length}
         limits |= {"sft": bool(args.find_features), "progress": main_rank}
         sources = [] if questions else args.find_features or [args.dataset, args.train_pairs]
         sets = [source and load_pairs(source, tokenizer, **limits) for source in sources]
+        for source, pairs in zip(sources, sets, strict=True):
+            if source:
+                presets.check_tokens(source, pairs, size)
         compare = args.reference and not (questions or args.find_features)
         with_saes = compare or (args.features_top and not questions) or args.find_features
         saes, sites = presets.load_saes(args, device) if with_saes else ([], [])

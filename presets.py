@@ -179,11 +179,29 @@ def load_config(name: str):
         return AutoConfig.from_pretrained(name, revision=revision, attn_implementation="flex_attention")
 
 
+def vocabulary_size(*names: str) -> int:
+    """Tokens that models have, from their configs alone. ValueError where they are not as many in each."""
+    sizes = {name: load_config(name).get_text_config().vocab_size for name in names}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"model and reference need one vocabulary; tokens of each: {sizes}")
+    return sizes[names[0]]
+
+
+def check_tokens(source: str, pairs, size: int):
+    """ValueError where a data set has tokens that a model of `size` tokens has not."""
+    if (most := int(pairs.tokens.max())) >= size:
+        raise ValueError(f"{source}: token {most}, of a model with {size}: not its tokenizer")
+
+
 def load_lm(name: str, device, *, dtype=torch.float32, move=True):
     """A causal LM, NAME or NAME@REVISION. Attention: eager on CPU, flex on CUDA; sdpa has no softcap."""
     name, revision = model_place(name)
     attention = "flex_attention" if torch.device(device).type == "cuda" else "eager"
     with hub_errors("model", name):
+        for index in Path(name).glob("*.index.json"):
+            for file in json.loads(index.read_text())["weight_map"].values():
+                if Path(file).name != file:
+                    raise ValueError(f"{index.name} names {file!r}, no file of that folder")
         lm = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, attn_implementation=attention, revision=revision, use_safetensors=True
         )

@@ -147,13 +147,13 @@ def load_run(args, device, main_rank):
     Returns:
         tokenizer, pairs, held-out pairs, SAEs, their sites, and how rows are laid out.
     """
-    for name in dict.fromkeys((args.model, args.reference)):
-        presets.load_config(name)  # small, and what names no model has none
+    size = presets.vocabulary_size(args.model, args.reference)
     tokenizer = presets.load_tokenizer(args.model)
     limits = {"max_length": args.max_length, "max_prompt_length": args.max_prompt_length}
     data = []
     for name, source in (("train", args.dataset), ("held out", args.eval_dataset)):
         data.append(load_pairs(source, tokenizer, sft=args.method == "sft", progress=main_rank, **limits))
+        presets.check_tokens(source, data[-1], size)
         if main_rank:
             notes = [f"{n} × {what}" for what, n in data[-1].notes.items() if n]
             print(f"{name}: {len(data[-1])} pairs", *notes, sep="; ")

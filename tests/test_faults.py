@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import re
 import resource
@@ -14,9 +15,16 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bench
+import data
 import eval_diversity
+import fpo
 import offline
 import presets
 import reproduce
@@ -248,6 +256,105 @@ def test_a_state_that_says_nothing(folder, capsys, text):
     (folder / "cut/state/step_00000002/state.json").write_text(text)
     line = stopped(capsys, [*RUN, "--out", "cut", "--resume"])
     assert "step_00000002/state.json is not what a run writes" in line
+
+
+# ---------------------------------------------------------------------------- input
+def save_toy(folder, name, dtype=torch.float32, change=None):
+    """The toy model again, at `name`: in another dtype, or with its config changed and random weights."""
+    lm = AutoModelForCausalLM.from_pretrained(folder / "runs/toy/model", dtype=dtype)
+    if change:
+        lm = type(lm)(type(lm.config)(**{**lm.config.to_dict(), **change}))
+    lm.save_pretrained(folder / name)
+    AutoTokenizer.from_pretrained(folder / "runs/toy/model").save_pretrained(folder / name)
+
+
+def test_a_model_saved_in_another_dtype(folder):
+    """bf16 weights train in float32 as the same numbers in a float32 file do; float32 ones train in bf16."""
+    save_toy(folder, "bf16", torch.bfloat16)
+    lm = AutoModelForCausalLM.from_pretrained(folder / "bf16", dtype=torch.float32)
+    save_toy(folder, "wide")
+    lm.save_pretrained(folder / "wide")
+    for name in ("bf16", "wide"):
+        train.main([*RUN, "--steps", "2", "--model", f"./{name}", "--out", name + "_run"])
+    assert losses_of("bf16_run") == losses_of("wide_run")
+    train.main([*RUN, "--steps", "2", "--dtype", "bfloat16", "--out", "narrow"])
+    (weights,) = Path("narrow/model").glob("*.safetensors")
+    assert {tensor.dtype for tensor in load_file(weights).values()} == {torch.bfloat16}
+    assert losses_of("narrow")[0] == pytest.approx(math.log(2), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"hidden_size": 32}, "reads width 64, the model has 32"),
+        ({"vocab_size": 100}, "train.jsonl: token "),
+    ],
+)
+def test_a_model_that_does_not_fit(folder, capsys, change, says):
+    save_toy(folder, "other", change=change)
+    assert says in stopped(capsys, [*RUN, "--model", "./other"])
+
+
+def test_a_reference_of_another_vocabulary(folder, capsys):
+    save_toy(folder, "other", change={"vocab_size": 5000})
+    assert "vocabulary" in stopped(capsys, [*RUN, "--reference", "./other"])
+
+
+def test_one_pair(folder):
+    """The loss of a data set of one pair is that pair's alone, step after step: ln 2, then below."""
+    line = (folder / "runs/toy/train.jsonl").read_text().splitlines()[0]
+    (folder / "one.jsonl").write_text(line)
+    train.main(
+        [*RUN, "--dataset", "one.jsonl", "--eval_dataset", "one.jsonl", "--lr", "1e-3", "--out", "one"]
+    )
+    losses = losses_of("one")
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-6) and losses[-1] < losses[0]
+
+
+def test_names_that_climb_out(folder, capsys):
+    """A text with ../ is a text, no place to write to; a checkpoint's index reads nothing elsewhere."""
+    record = dict.fromkeys(("prompt", "chosen"), "../../escaped") | {"rejected": "/tmp/escaped"}
+    (folder / "climb.jsonl").write_text(json.dumps(record))
+    before = set(files("."))
+    train.main([*RUN, "--steps", "1", "--dataset", "climb.jsonl", "--out", "cut"])
+    assert all(name.startswith(("cut/", "runs/toy/reference/")) for name in set(files(".")) - before)
+    assert not list(folder.parent.rglob("escaped"))
+    save_toy(folder, "split")
+    Path("split/model.safetensors").rename("outside.safetensors")
+    names = dict.fromkeys(load_file("outside.safetensors"), "../outside.safetensors")
+    index = {"metadata": {}, "weight_map": names}
+    Path("split/model.safetensors.index.json").write_text(json.dumps(index))
+    assert "../outside.safetensors" in stopped(capsys, [*RUN, "--model", "./split"])
+
+
+TEXT = st.text(st.characters(exclude_categories=()), max_size=12)
+FIELDS = dict.fromkeys(("prompt", "chosen", "rejected"), TEXT)
+
+
+@given(records=st.lists(st.fixed_dictionaries(FIELDS), min_size=1, max_size=4))
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_text_has_a_loss_in_every_layout(world, tmp_path, records):
+    """A message, or log-probabilities and losses that are finite, and the same in each layout."""
+    path = tmp_path / "any.jsonl"
+    path.write_text("\n".join(map(json.dumps, records)))
+    tokenizer = AutoTokenizer.from_pretrained(world / "model")
+    try:
+        pairs = data.load_pairs(str(path), tokenizer, max_length=48, max_prompt_length=24)
+    except ValueError as error:
+        assert "no usable record" in str(error)
+        return
+    policy = fpo.Policy(presets.load_lm(str(world / "model"), "cpu"))
+    seen = []
+    for rows in ({"layout": "separate"}, {"layout": "shared"}, {"layout": "shared", "pack_to": 200}):
+        batch = data.collate(pairs, range(len(pairs)), **rows)
+        with torch.no_grad():
+            statistics, _ = policy(batch)
+        loss, _ = fpo.method_loss("dpo", statistics, statistics, beta=0.1)
+        assert statistics.lengths.sum() == pairs.is_target.sum() and loss.isfinite().all()
+        seen.append(statistics.logps)
+    assert torch.isfinite(seen[0]).all() and (seen[0] < 0).all()
+    for logps in seen[1:]:
+        assert torch.allclose(logps, seen[0], rtol=1e-4, atol=1e-4)
 
 
 # ---------------------------------------------------------------------------- several ranks
