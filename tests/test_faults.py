@@ -1,4 +1,25 @@
-"""Wrong values and input, full disks, dead ranks, one rank's NaN. Runs that are cut are in test_resume.py."""
+"""Faults of values, input, disks and ranks, and what becomes of them. Runs that are cut: test_resume.py.
+
+| fault | what happens | test |
+|---|---|---|
+| any flag of any script, any wrong value | one line, status 2, no model loaded | test_wrong_values |
+| a full disk: cache, metrics, state, model | the file is named; resumes to the same bits | test_full_disk |
+| a folder that the system refuses | one line that names it | test_a_folder_that_can_not_be_made |
+| the cache is damaged in the loop | one line that names the shard | test_a_byte_that_flips_while_training |
+| a new run in the folder of a longer one | its own states are resumed | test_a_run_that_begins_anew |
+| a state.json that says nothing | refused, named | test_a_state_that_says_nothing |
+| weights saved in another dtype | trained in --dtype | test_a_model_saved_in_another_dtype |
+| SAE, tokenizer of another model | refused | test_a_model_that_does_not_fit |
+| reference of another vocabulary | refused | test_a_reference_of_another_vocabulary |
+| a single pair | trained | test_one_pair |
+| ../ in texts, in a checkpoint's index | text as any; refused | test_names_that_climb_out |
+| any text | counted once in each layout, or a reason | test_any_text_has_a_loss_in_every_layout |
+| kill -9 of a rank | the others end, torchrun names it | test_a_dead_rank_is_named |
+| one rank alone sees a NaN | all stop, or all skip that step | test_two_ranks_decide_alike |
+| uneven shares, a rank without pairs | the losses of one process | test_two_ranks_decide_alike |
+| kill -9 under --max_restarts 1 | started again, the same bits | test_restarted_by_torchrun |
+| resume of three ranks | the same bits | test_three_ranks_resume |
+"""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""Faults: runs that are killed, stopped, poisoned or lied to, and what becomes of them.
+"""Faults: runs that are killed, stopped, poisoned or lied to. The rest of the table: test_faults.py.
 
 | fault | what happens | test |
 |---|---|---|
