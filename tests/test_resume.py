@@ -3,6 +3,7 @@
 | fault | what happens | test |
 |---|---|---|
 | kill -9 of any rank, at any moment | resumes to the same bits | test_killed_at_any_moment |
+| a second run in a run's folder | refused, writes nothing | test_two_runs_in_one_folder |
 | SIGTERM, SIGINT | saves at the step's end, status 0, same bits | test_sigterm_saves_and_leaves |
 | resume with other ranks | the same losses | test_resume_with_another_number_of_ranks |
 | resume with other settings or reference | refused, each named | test_resume_refuses_another_run |
