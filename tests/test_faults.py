@@ -48,6 +48,7 @@ import eval_diversity
 import fpo
 import offline
 import presets
+import report
 import reproduce
 import resume
 import toy
@@ -83,6 +84,7 @@ TEXTS = {  # flag: wrong values
     "cache_dir": FOLDER, "out": FOLDER, "assets": FOLDER, "json": FILE, "weights": FILE,
     "feature_weights": ["", "missing.json", "empty_folder", "notes.txt", "broken.jsonl"],
     "find_features": ["", "missing.jsonl", "empty_folder"], "what": ["", "no_such"],
+    "wandb": [""], "push_to_hub": [""],  # what can't be reached: test_report.py
     "draw": ["missing.json", "broken.jsonl", "empty_folder"],
     "questions": ["", "missing.jsonl", "empty_folder", "notes.txt", "empty.jsonl"],
 }  # fmt: skip
@@ -197,7 +199,7 @@ FULL = {  # at which function's call the disk is full, which call, bytes that a 
     "cache": (offline, "_write_shard", 2, 1000, "shard_00000"),
     "metrics": (train, "peak_memory_gb", 3, 0, "cut/metrics.jsonl"),
     "state": (resume, "save_state", 2, 1000, "cut/state/step_00000004.tmp"),
-    "model": (train, "save_model", 1, 1000, "cut/model.tmp"),
+    "model": (report, "save_model", 1, 1000, "cut/model.tmp"),
 }
 
 
@@ -414,7 +416,7 @@ import hashlib, json, os, sys
 import torch.distributed as dist
 import train
 RUN, rank, seen = sys.argv[1:], os.environ["RANK"], {"calls": 0}
-loss, save = train.fpo.method_loss, train.save_model
+loss, save = train.fpo.method_loss, train.report.save_model
 
 def poisoned(*args, **kwargs):  # rank 1 alone, in step 2
     value, extra = loss(*args, **kwargs)
@@ -428,7 +430,7 @@ def noted(policy, *args):
 
 dist.destroy_process_group = lambda: None  # three runs in one
 train.main([*RUN, "--steps", "4", "--batch_size", "3", "--dataset", "four.jsonl", "--out", "uneven"])
-train.fpo.method_loss, train.save_model = poisoned, noted
+train.fpo.method_loss, train.report.save_model = poisoned, noted
 try:
     train.main([*RUN, "--out", "stop", "--on_nan", "stop"])
 except FloatingPointError as error:
