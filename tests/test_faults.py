@@ -43,6 +43,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bench
+import claims
 import data
 import eval_diversity
 import fpo
@@ -63,6 +64,7 @@ SCRIPTS = {
     "bench.py": (bench, []),
     "reproduce.py": (reproduce, ["control"]),
     "toy.py": (toy, []),
+    "claims.py": (claims, ["theorem", "--preset", "gemma-2-2b"]),
 }
 # Numbers that may be 0: none of that thing, no limit, or the first one.
 MAY_BE_0 = {
@@ -73,6 +75,7 @@ MAY_BE_0 = {
     "bench.py": "",
     "reproduce.py": "seeds",
     "toy.py": "seed",
+    "claims.py": "pairs",
 }
 MODEL = ["", "./missing", "a/b/c", "empty_folder", "notes.txt"]
 DATA = ["", "missing.jsonl", "empty_folder", "notes.txt", "empty.jsonl", "broken.jsonl"]
@@ -84,6 +87,7 @@ TEXTS = {  # flag: wrong values
     "cache_dir": FOLDER, "out": FOLDER, "assets": FOLDER, "json": FILE, "weights": FILE,
     "feature_weights": ["", "missing.json", "empty_folder", "notes.txt", "broken.jsonl"],
     "find_features": ["", "missing.jsonl", "empty_folder"], "what": ["", "no_such"],
+    "run": ["", "missing", "empty_folder", "notes.txt"],
     "wandb": [""], "push_to_hub": [""],  # what can't be reached: test_report.py
     "draw": ["missing.json", "broken.jsonl", "empty_folder"],
     "questions": ["", "missing.jsonl", "empty_folder", "notes.txt", "empty.jsonl"],
