@@ -47,6 +47,7 @@ PLAIN_TURNS = (
 )
 LEAST_PROMPT = 16  # tokens of a prompt that a long response can't push out: the opening of the answer's turn
 CHUNK = 1000  # records that are tokenised in one call
+LONGEST_TOKEN = 256  # characters: of a longer text only as many as can matter are tokenised
 
 
 class Unusable(ValueError):
@@ -338,7 +339,7 @@ def _rows(records, renderer, sft, limits, notes):
         usable = []
         for where, record in chunk:
             try:
-                usable.append(_pieces(renderer, record, sft))
+                usable.append(_shortened(_pieces(renderer, record, sft), limits))
             except Unusable as reason:
                 notes[f"left out: {reason}"] += 1
             except Exception as error:
@@ -364,6 +365,13 @@ def _pieces(renderer, record, sft):
         return renderer.pieces(to_conversation(record))
     chosen, rejected = (renderer.pieces(messages, last_only=True) for messages in to_pair(record))
     return [*chosen, rejected[1]]
+
+
+def _shortened(pieces, limits):
+    """The texts without what `_cut` leaves nothing of: a prompt's far beginning, the others' far end."""
+    most, prompt = (LONGEST_TOKEN * tokens for tokens in limits)
+    (text, response), *others = pieces
+    return [(text[-prompt:], response), *((text[:most], response) for text, response in others)]
 
 
 def _cut(prompt, chosen, rejected, longest, head, limits, notes):

@@ -338,7 +338,7 @@ def main(argv=None):
         else:  # every rank sees the same sums, and decides the same
             what = f"step {step + 1}: loss or gradient is not finite; pairs: {bad_pairs(seen)}"
             if args.on_nan == "stop":
-                raise FloatingPointError(what)
+                raise SystemExit(f"error: {what}")
             line = {"step": step + 1, "skipped": what}
         optimizer.zero_grad()
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+import data
 from data import LEAST_PROMPT, Pairs, collate, epoch_order, load_pairs, micro_batches, read_records
 
 BOS, EOS, START, END = 2, 1, 106, 107  # Gemma's ids
@@ -587,6 +588,26 @@ def test_truncation(load, prompt, chosen, rejected, max_length, max_prompt_lengt
     assert [ids.tolist() for ids in pairs[0]] == [x, y_w[: expected[1]], y_l[: expected[2]]]
     cut = {"prompt cut": keep < prompt, "response cut": expected[1:] != (chosen, rejected)}
     assert pairs.notes == {reason: 1 for reason, done in cut.items() if done}
+
+
+@pytest.mark.parametrize("sft", [False, True])
+def test_endless_texts_are_cut_before_they_are_tokenised(load, monkeypatch, sft):
+    """What is left of 300,000 characters is the same, and only as many go in as the limits may need."""
+    endless = "good is it. " * 25_000
+    record = {"prompt": "how " + endless, "chosen": endless, "rejected": "no " + endless}
+    talk = {"messages": [user("how " + endless), says(endless), user(endless), says("b")]}
+    limits, seen, encode = {"max_length": 60, "max_prompt_length": 30, "sft": sft}, [], data.Renderer.encode
+
+    def noting(self, pieces):
+        seen.append(max(len(text) for text, _ in pieces))
+        return encode(self, pieces)
+
+    monkeypatch.setattr(data.Renderer, "encode", noting)
+    short = load(talk if sft else record, **limits)
+    monkeypatch.setattr(data, "LONGEST_TOKEN", 10**9)
+    whole = load(talk if sft else record, **limits)
+    assert seen[0] == 60 * 256 and seen[1] > 300_000
+    assert short.digest() == whole.digest() and short.notes == whole.notes and len(short[0][1]) == 44
 
 
 def test_truncation_in_sft(load, gemma):

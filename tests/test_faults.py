@@ -437,7 +437,7 @@ train.main([*RUN, "--steps", "4", "--batch_size", "3", "--dataset", "four.jsonl"
 train.fpo.method_loss, train.report.save_model = poisoned, noted
 try:
     train.main([*RUN, "--out", "stop", "--on_nan", "stop"])
-except FloatingPointError as error:
+except SystemExit as error:
     seen["stop"] = str(error)
 seen["calls"] = 0
 train.main([*RUN, "--out", "skip", "--on_nan", "skip"])
@@ -456,7 +456,7 @@ def test_two_ranks_decide_alike(folder):
     out, _ = process.communicate(timeout=200)
     assert process.returncode == 0, out[-9000:]
     a, b = (json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(2))
-    assert a["stop"] == b["stop"] and re.fullmatch(r"step 2: .*: \[\d+(, \d+){7}\]", a["stop"])
+    assert a["stop"] == b["stop"] and re.fullmatch(r"error: step 2: .*: \[\d+(, \d+){7}\]", a["stop"])
     assert a["weights"] == b["weights"]
     skipped = [json.loads(line) for line in (folder / "skip/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in skipped if "skipped" in line] == [2] and len(skipped) == 6
