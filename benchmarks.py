@@ -5,7 +5,7 @@
     mt_bench      JSON lines of answers, both turns
     records       JSON lines of prompt and response, of no benchmark
 
-Table 2 and Fig. 3. eval_diversity.py --export samples the answers; judging them is the benchmarks' own.
+Table 2 and Fig. 3. eval_diversity.py --export samples the answers; the benchmarks' own tools judge them.
 """
 
 import json

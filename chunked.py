@@ -21,7 +21,7 @@ def _product(a, b):
 
 
 def _logits(states, weight, softcap):
-    """(N, c) float32 logits of a slice of the vocabulary."""
+    """(N, c) logits of a slice of the vocabulary, float32 or wider."""
     z = _product(states, weight.T)
     return z if softcap is None else z.div_(softcap).tanh_().mul_(softcap)
 
@@ -82,7 +82,6 @@ class _TokenStatistics(torch.autograd.Function):
         rows = torch.arange(len(states), device=states.device)
         d_states = torch.zeros_like(states, dtype=logsumexp.dtype)
         d_weight = torch.empty_like(weight)
-        g_logp = torch.zeros_like(logsumexp) if g_logp is None else g_logp
         for v in range(0, len(weight), ctx.chunk):
             W = weight[v : v + ctx.chunk]
             p, slope = _softmax(states, W, ctx.softcap, logsumexp)
@@ -120,7 +119,7 @@ def token_statistics(
 
     Args:
         states: (N, d), the transformer's last hidden states that predict the tokens.
-        weight: (V, d), the output embedding; gradient goes to both.
+        weight: (V, d), the output embedding; states and weight get gradients.
         targets: (N,) token ids.
         softcap: logits are softcap·tanh(logits / softcap); None: as they are.
         ref_states, ref_weight: (N, d), (V, d) of the reference: gives the KL of TDPO, Eq. 3.
@@ -179,7 +178,7 @@ def pooled_features(states, sae: JumpReLUSAE, owner, lengths, most=None):
         owner: (N,) which response a position belongs to.
         lengths: (responses,) positions of each.
         most: promise that no more features of a response get a gradient (2 k of Eq. 10): the backward then
-            makes those alone, a tenth of the work. A broken promise gives NaN gradients. None: any may.
+            makes those columns alone, of m. A broken promise gives NaN gradients. None: any may.
     Returns:
         (responses, m) float32.
     """

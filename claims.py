@@ -12,7 +12,7 @@ Theorem B.1: under accurate reconstruction, with M = ‖W_outᵀ W_decᵀ‖₂ 
     c        c       (N, m)   the SAE's features of h (Eq. 5)
     e        de: Δe  (N, d)   what the SAE misses: h = c W_dec + b_dec + e
     z        z       (N, V)   logits
-    W_out    E       (V, d)   the output embedding, transposed
+    W_outᵀ   E       (V, d)   the output embedding
 
 The paper's z is h W_out. Gemma-2's is cap · tanh(u Wᵀ / cap), with u = h / rms(h), and W = E · (1 + the final
 norm's weight). What can be proved of each step:

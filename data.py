@@ -226,7 +226,7 @@ class Renderer:
         return [{"role": "user", "content": text}, *messages[1 + len(asked) :]]
 
     def pieces(self, messages: list[dict], *, last_only: bool = False) -> list[tuple[str, bool]]:
-        """[(text, is response)]: by turns what is before an assistant's turn (each, or the last), and it."""
+        """[(text, is response)]: what precedes an assistant's turn (each, or the last), and it, by turns."""
         messages, pieces, seen = self.fold_system(messages), [], ""
         for i, message in enumerate(messages):
             if message["role"] != "assistant" or (last_only and i + 1 < len(messages)):
@@ -241,7 +241,7 @@ class Renderer:
         return pieces
 
     def encode(self, pieces: list[tuple[str, bool]]) -> list[list[int]]:
-        """Token ids of every piece: a response with its end, the rest without BOS (unless it is the end)."""
+        """Token ids of each piece: responses with their end, others without BOS (unless it is the end)."""
         ids: list = [None] * len(pieces)
         dropped = set(self.head) - {self.end}
         for response in (False, True):  # special tokens written in a response are split
@@ -403,7 +403,7 @@ class Batch:
         owner: (N,) int64, which of the 2B responses it belongs to: first B chosen, then B rejected. Sorted.
         lengths: (2B,) int64, target tokens of each response (0 for SFT's absent rejected).
         index: (B,) int64, the pairs' places in the data set.
-        weight: (B,) float32, 1; 0 for a padding pair, that only keeps a rank busy.
+        weight: (B,) float32, 1; 0 for a padding pair, which only keeps a rank busy.
     """
 
     tokens: torch.Tensor

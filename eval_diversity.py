@@ -369,11 +369,11 @@ def feature_statistics(policy, pairs, **budget_and_rows):
     Returns:
         mean over responses of the pooled feature c̄ (Eq. 10), and the largest activation at a single token.
     """
-    sae = policy._saes[0]
+    sae = policy.saes[0]
     total = torch.zeros(sae.m + 1, dtype=torch.float64, device=policy.lm.device)
     largest = torch.zeros(sae.m, device=policy.lm.device)
     for batch, _ in _batches(policy, pairs, **budget_and_rows):
-        states = policy._read(policy.lm, policy._hooks, batch)[1][0]  # (N, d), what the SAE reads
+        states = policy.read_sites(batch)[0]  # (N, d), what the SAE reads
         pooled = chunked.pooled_features(states, sae, batch.owner, batch.lengths)
         there = (batch.lengths > 0).double() * batch.weight.repeat(2)
         total += torch.cat([there @ pooled.double(), there.sum()[None]])
@@ -403,7 +403,7 @@ def choose_features(mean_a, largest_a, mean_b, *, n=50, criterion="difference", 
 
 # ---------------------------------------------------------------------------- benchmarks (Table 2, Fig. 3)
 def export(lm, tokenizer, kind, questions, *, model, temperature=None, seed=0, **sampling) -> list[dict]:
-    """`answer_record`s of a model to `read_questions`; each turn follows the model's own earlier answers.
+    """A model's answers to questions of `read_questions`; each turn sees the model's own earlier answers.
 
     Args:
         kind: one of EXPORTS. model: the name it goes by.

@@ -16,7 +16,7 @@ Where each equation is
     Eq. 3, 4    losses.tdpo1_loss, tdpo2_loss; their KL: losses.sequential_kl, in slices token_statistics
     Eq. 5       sae.JumpReLUSAE.encode; pooled in slices: pooled_features (both: chunked.py)
     Eq. 7       losses.dpo_loss
-    Eq. 8       the last line of every loss in losses.py
+    Eq. 8       the last line of every loss in losses.py but sft_loss
     Eq. 9, 11   losses.fpo_loss
     Eq. 10      losses.feature_mse; over several SAEs layer_mse
     Sec. 3      Phase 1: offline.build_reference; Phase 2: offline.ReferenceCache.lookup, then method_loss
@@ -106,14 +106,14 @@ class Policy(nn.Module):
     """A causal language model, the frozen SAEs that read it, and perhaps a frozen reference beside it.
 
     The same forward, in the same dtype, makes the reference cache, trains and evaluates: so a policy that has
-    not moved has reward 0 and D_FPO 0. Only `lm` is in the module tree: SAEs and reference are neither
-    trained nor saved.
+    not moved has reward 0 and D_FPO 0 within rounding. Only `lm` is in the module tree: SAEs and reference
+    are neither trained nor saved.
 
     Args:
         lm: a Hugging Face decoder with `model.layers`; eager or flex_attention.
         saes: JumpReLUSAEs, on lm's device.
         sites: (layer, site) of each.
-        k: of D_FPO; a promise that features get a gradient through it alone, at most 2 k of a response.
+        k: of D_FPO: promises that features get gradients through it alone, at most 2 k of each response.
     """
 
     def __init__(self, lm, saes=(), sites=(), k=None):
@@ -125,14 +125,14 @@ class Policy(nn.Module):
         if lm.config._attn_implementation not in ("eager", "flex_attention"):
             raise ValueError(f"attention {lm.config._attn_implementation!r}: eager or flex_attention needed")
         self.lm, self._most = lm, None if k is None else 2 * k
-        self._saes, self._sites = tuple(saes), tuple(sites)
+        self.saes, self.sites = tuple(saes), tuple(sites)
         self._hooks = self._hook(lm)
-        self._reference: tuple = ()
+        self.reference: tuple = ()  # (lm,): a module in a tuple is not a part of this one
         self._reference_hooks: tuple[SiteHook, ...] = ()
 
     def _hook(self, lm):
-        hooks = tuple(SiteHook(lm, layer, site) for layer, site in self._sites)
-        for hook, sae, where in zip(hooks, self._saes, self._sites, strict=True):
+        hooks = tuple(SiteHook(lm, layer, site) for layer, site in self.sites)
+        for hook, sae, where in zip(hooks, self.saes, self.sites, strict=True):
             if hook.d != sae.d:
                 raise ValueError(f"the SAE for {where} reads width {sae.d}, the model has {hook.d} there")
         return hooks
@@ -141,7 +141,7 @@ class Policy(nn.Module):
         """Keep a frozen reference: forward then gives its statistics too, and the KL. None lets it go."""
         for hook in self._reference_hooks:
             hook.remove()
-        self._reference = () if lm is None else (lm.eval().requires_grad_(False),)
+        self.reference = () if lm is None else (lm.eval().requires_grad_(False),)
         self._reference_hooks = () if lm is None else self._hook(lm)
 
     def _read(self, lm, hooks, batch):
@@ -157,9 +157,13 @@ class Policy(nn.Module):
             hook.enabled, hook.value = False, None
         return out.flatten(0, 1)[batch.state], sites
 
+    def read_sites(self, batch: Batch) -> list[torch.Tensor]:
+        """Per SAE (N, d), what it reads of the policy where response tokens are predicted."""
+        return self._read(self.lm, self._hooks, batch)[1]
+
     def forward(self, batch: Batch, entropy: bool = False) -> tuple[Statistics, Statistics | None]:
-        """Statistics of the policy, and of the reference where one is held."""
-        lm, reference = self.lm, self._reference[0] if self._reference else None
+        """Statistics of the policy, and of the reference where one is held; `entropy`: of entropies too."""
+        lm, reference = self.lm, self.reference[0] if self.reference else None
         softcap = getattr(lm.config, "final_logit_softcapping", None)
         ref_states = ref_weight = None
         if reference is not None:
@@ -177,7 +181,7 @@ class Policy(nn.Module):
         totals = [None if x is None else total(x) for x in (kl, H)]
         features = lambda read: tuple(  # noqa: E731
             pooled_features(h, sae, batch.owner, batch.lengths, self._most)
-            for h, sae in zip(read, self._saes, strict=True)
+            for h, sae in zip(read, self.saes, strict=True)
         )
         policy = Statistics(total(logps), batch.lengths, features(sites), *totals)
         if reference is None:
@@ -199,7 +203,7 @@ def barrier():
 
 
 def lockstep(groups: list[list[int]], device) -> list[list[int]]:
-    """This rank's micro-batches, then empty ones until every rank has as many: no collective waits."""
+    """This rank's micro-batches, then empty ones until every rank has as many: no collective hangs."""
     count = torch.tensor(len(groups), device=device)
     if dist.is_initialized():
         dist.all_reduce(count, op=dist.ReduceOp.MAX)
@@ -239,7 +243,7 @@ def method_loss(
     Args:
         method: one of METHODS.
         policy: Statistics of the policy, 2B responses.
-        reference: Statistics of the reference; not needed by sft and simpo, whose values they only add to.
+        reference: Statistics of the reference: dpo, tdpo1, tdpo2 and fpo need it; others log D_FPO by it.
         beta, alpha, gamma, k: as in Table 5; k of Eq. 10.
         stop_gradient: whether δ_FPO's chosen term is held constant.
         feature_weights: per SAE (m,), or None: weights of the squared differences (control, Table 4).
@@ -296,7 +300,7 @@ def layer_mse(policy_features, reference_features, *, k, feature_weights=None):
 
 
 def rewards(method, policy, reference=None, *, beta):
-    """(2B,) each response's part of LPD and γ_ref: β log(π/π_ref), FPO's by |y|; SimPO's β/|y| log π."""
+    """(2B,) each response's part of LPD and γ_ref: β log(π/π_ref), FPO's over |y|; SimPO's β/|y| log π."""
     n = policy.lengths.clamp(min=1)
     if method in ("simpo", "simpo_kl"):
         return (beta * policy.logps / n).detach()

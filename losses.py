@@ -9,6 +9,7 @@ Every preference method is  L = -E log σ(u),  u = LPD - margin - constraint  (E
     TDPO-1    tdpo1_loss      sums        γ_ref            δ_TDPO1, of KLs
     TDPO-2    tdpo2_loss      sums        γ_ref            δ_TDPO2, of KLs
     FPO       fpo_loss        per token   γ_ref-LN         δ_FPO, of feature MSEs
+    SFT       sft_loss        mean negative log-likelihood: not of Eq. 8's form
     SimPO+KL  simpo_kl_loss   per token   γ, a constant    δ_TDPO2  (Table 6; undefined there, our reading)
 
     symbol           name here                              shape    where
@@ -101,7 +102,7 @@ def feature_mse(
     """D_FPO = (1/k) Σ_{i∈I_k} (c̄_θ,i − c̄_ref,i)², I_k = topk(c̄_θ) ∪ topk(c̄_ref) (Eq. 10).
 
     policy_features, reference_features (B, m), pooled over a response, none negative; weights (m,) multiply
-    the squared differences, and a feature of weight 0 is no candidate for I_k (Table 4).
+    the squared differences; one of weight 0 is no candidate for I_k (our reading of Table 4's control).
     A feature that is 0 in a vector is never in its top k, so zeros can't tie. The divisor is k, not |I_k|;
     k >= m takes all. k = 50 is the authors' code's: the paper states none.
     Returns (B,). No gradient reaches the reference, nor the choice of I_k. Raises ValueError for k < 1 and

@@ -25,6 +25,7 @@ from data import Pairs, micro_batches
 from fpo import Policy, Statistics, barrier, lockstep, ranks, stream
 
 SHARD = 256  # pairs to a file: what an interruption can lose
+NO_MATTER = {"dtype", "transformers_version", "architectures"}  # of a config, to the cached values
 
 
 def digest(tensors: dict[str, torch.Tensor]) -> str:
@@ -37,7 +38,7 @@ def digest(tensors: dict[str, torch.Tensor]) -> str:
 
 
 def reference_identity(policy: Policy, pairs: Pairs, *, weights: str, arithmetic: dict, cache_top=0) -> dict:
-    """All that the cached values depend on; learning rate, α, β, γ, k, method and folder are not among it.
+    """What the cached values depend on; learning rate, α, β, γ, k, method and folder are not among it.
 
     Args:
         weights: `digest` of the reference's state dict.
@@ -45,12 +46,15 @@ def reference_identity(policy: Policy, pairs: Pairs, *, weights: str, arithmetic
         cache_top: features kept of each response, 0 for all that are not zero.
     """
     saes = []
-    for sae, (layer, site) in zip(policy._saes, policy._sites, strict=True):
+    for sae, (layer, site) in zip(policy.saes, policy.sites, strict=True):
         encoder = {name: getattr(sae, name) for name in ("W_enc", "b_enc", "threshold")}
         saes.append([layer, site, sae.m, digest(encoder)])
-    identity = {"version": 1, "tokens": pairs.digest(), "weights": weights, "dtype": str(policy.lm.dtype)}
-    identity |= {"attention": policy.lm.config._attn_implementation, **arithmetic}
-    return identity | {"cache_top": cache_top if saes else 0, "saes": saes}
+    # Softcap, window, RoPE, epsilon: what weights alone don't tell.
+    config = json.loads(json.dumps(policy.lm.config.to_diff_dict(), default=str))
+    config = {name: config[name] for name in sorted(config) if name[0] != "_" and name not in NO_MATTER}
+    identity = {"version": 2, "tokens": pairs.digest(), "weights": weights, "config": config}
+    identity |= {"dtype": str(policy.lm.dtype), "attention": policy.lm.config._attn_implementation}
+    return identity | arithmetic | {"cache_top": cache_top if saes else 0, "saes": saes}
 
 
 def find_reference(cache_dir, identity: dict) -> Path:
@@ -232,8 +236,8 @@ def write_json(path, value):
 
 @contextlib.contextmanager
 def writing(path, *, keep: bool = False):
-    """Where the disk refuses, an OSError that names the file or folder. Unless to `keep`, what was begun
-    is removed: a full disk needs the room.
+    """Turn a failed write into an OSError that names the path. Unless `keep`, remove what was begun: a full
+    disk needs the room.
     """
     try:
         yield

@@ -1,8 +1,8 @@
 """Exact low precision, and states sharded over the ranks: what lets Gemma-2-9B train on 80 GB cards.
 
-At lr 5e-7 (Table 5) a bf16 weight of 0.02 reaches its next value only by 122 updates at once: rounded to
-nearest, 99 % of updates change nothing. So the float32 master is kept, exactly, as two halves: the bf16
-weight that the model computes with, and an int16 `rest`.
+At lr 5e-7 (Table 5) a bf16 weight of 0.02 reaches its next value only if 122 updates are added at once:
+rounded to nearest, 99 % of updates change nothing. So the float32 master is kept, exactly, as two halves: the
+bf16 weight that the model computes with, and an int16 `rest`.
 
 Bytes a parameter on each of R ranks, activations not counted; FSDP2 also holds a layer or two in flight
 
@@ -243,7 +243,7 @@ def shard_policy(policy, *, dtype=torch.bfloat16, device=None):
     head, embedding = lm.get_output_embeddings(), lm.get_input_embeddings()
     tied = head.weight is embedding.weight
     options = shard_layers(lm, dtype=dtype, device=device)
-    for reference in policy._reference:
+    for reference in policy.reference:
         shard_layers(reference, dtype=dtype, device=device)
     fully_shard(policy, **options)
     if tied != (head.weight is embedding.weight):

@@ -1,6 +1,6 @@
 """What the scripts share before their work begins: the paper's settings (Table 5), flags, processes, models.
 
-A preset fills in every flag; a flag given on the command line overrides it.
+A preset fills in the flags that have no default of their own; the command line overrides it.
 """
 
 import argparse
@@ -26,7 +26,7 @@ ULTRAFEEDBACK, ULTRACHAT = "HuggingFaceH4/ultrafeedback_binarized", "HuggingFace
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-# Table 5, by method. The paper names no k: 50 is the authors' code's.
+# Table 5, by method.
 TABLE_5: dict[str, dict[str, float | None]] = {
     "sft": {"beta": None, "alpha": None, "gamma": None},
     "dpo": {"beta": 0.1, "alpha": None, "gamma": None},
@@ -56,7 +56,7 @@ GEMMA_2 = {
     "epochs": 1,
     "steps": None,
     "max_length": 1024,  # the authors' code's
-    "max_prompt_length": 512,
+    "max_prompt_length": 512,  # ours
     "max_grad_norm": 1.0,  # the authors' code's
     "micro_batch_tokens": 8192,
     "activation_checkpointing": True,
@@ -180,7 +180,7 @@ def load_config(name: str):
 
 
 def vocabulary_size(*names: str) -> int:
-    """Tokens that models have, from their configs alone. ValueError where they are not as many in each."""
+    """The vocabulary size that models share, from their configs alone. ValueError where they differ."""
     sizes = {name: load_config(name).get_text_config().vocab_size for name in names}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"model and reference need one vocabulary; tokens of each: {sizes}")
@@ -190,7 +190,7 @@ def vocabulary_size(*names: str) -> int:
 def check_tokens(source: str, pairs, size: int):
     """ValueError where a data set has tokens that a model of `size` tokens has not."""
     if (most := int(pairs.tokens.max())) >= size:
-        raise ValueError(f"{source}: token {most}, of a model with {size}: not its tokenizer")
+        raise ValueError(f"{source}: token id {most} of a vocabulary of {size}: another model's tokenizer")
 
 
 def load_lm(name: str, device, *, dtype=torch.float32, move=True):
@@ -198,7 +198,7 @@ def load_lm(name: str, device, *, dtype=torch.float32, move=True):
     name, revision = model_place(name)
     attention = "flex_attention" if torch.device(device).type == "cuda" else "eager"
     with hub_errors("model", name):
-        for index in Path(name).glob("*.index.json"):
+        for index in Path(name).glob("*.index.json"):  # it may name files outside its folder
             for file in json.loads(index.read_text())["weight_map"].values():
                 if Path(file).name != file:
                     raise ValueError(f"{index.name} names {file!r}, no file of that folder")
@@ -358,12 +358,12 @@ def shared_flags(parser: argparse.ArgumentParser):
     layouts = ("auto", "shared", "separate")
     add = parser.add_argument_group("what to run on (default: the preset's)").add_argument
     add("--preset", default="gemma-2-2b", choices=PRESETS, help="fills in all that is not given")
-    add("--model", help="Hugging Face directory or repo to start from")
+    add("--model", help="Hugging Face directory or repo: where training starts, or what is scored")
     add("--reference", help="the frozen reference π_ref (training: the model that it starts from)")
     add("--dataset", help="JSONL, parquet or arrow file, or hub data set as NAME:SPLIT")
     add("--max_length", type=int, help="tokens of prompt and response (authors' code: 1024)")
     add("--max_prompt_length", type=int, help="tokens of the prompt; its beginning is cut (512)")
-    add("--layout", default="auto", choices=layouts, help="the prompt computed once or twice a pair")
+    add("--layout", default="auto", choices=layouts, help="shared: the prompt once a pair; separate: twice")
     add("--pack_to", type=int, default=0, help="fill rows with further pairs to so many tokens (CUDA)")
     add("--dtype", choices=DTYPES, help="of the computation (CPU float32, CUDA bfloat16)")
     add("--sample_batch", type=int, help="responses sampled at once: their keys and values are held (128)")
@@ -377,7 +377,7 @@ def shared_flags(parser: argparse.ArgumentParser):
 
 
 def training_flags(parser: argparse.ArgumentParser):
-    """Flags of the loss and of the optimisation."""
+    """Flags of files, the loss and the optimisation."""
     add = parser.add_argument_group("data and files").add_argument
     add("--eval_dataset", help="held-out pairs")
     add("--cache_dir", help="Phase 1's reference (runs/PRESET/reference)")
@@ -403,10 +403,15 @@ def training_flags(parser: argparse.ArgumentParser):
 
 
 def running_flags(parser: argparse.ArgumentParser):
-    """Flags of memory and speed, evaluation, and interruptions."""
+    """Flags of memory and speed, evaluation, interruptions, trackers and the hub."""
     yes_no = {"action": argparse.BooleanOptionalAction, "default": None}
     add = parser.add_argument_group("memory and speed").add_argument
-    add("--micro_batch_pairs", type=int, default=0, help="most pairs of a forward; 0: no limit")
+    add(
+        "--micro_batch_pairs",
+        type=int,
+        default=0,
+        help="most pairs of a forward; 0: no limit, but 16 in Phase 1 and evaluation",
+    )
     add("--micro_batch_tokens", type=int, help="most tokens of a forward, padding counted; 0: no limit")
     add("--activation_checkpointing", **yes_no, help="Table 5: on (toy: off)")
     shards = ("none", "states", "fsdp")

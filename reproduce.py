@@ -29,10 +29,10 @@ from presets import git_commit, hardware, made_by, shown
 # One name and one colour a method, everywhere; the colours are legible on white and on black.
 METHODS = {"sft": ("SFT", "#8c8c8c"), "dpo": ("DPO", "#4c7fd9"), "tdpo1": ("TDPO-1", "#1fa3b5")}
 METHODS |= {"tdpo2": ("TDPO-2", "#3a9d4f"), "simpo": ("SimPO", "#d98324"), "fpo": ("FPO", "#d6336c")}
-GREY, PAPER_BETA = "#7f7f7f", 0.1  # PAPER_BETA: of Fig. 3's margin, for every method alike
+GREY = "#7f7f7f"
 ALPHAS = (0.0, 0.1, 0.5, 1.0, 2.0, 10.0, 50.0)
 
-# The paper's accuracy (%) and entropy: Gemma-2-2B on UltraFeedback. The toy's 4 layers stand for 4 of 26.
+# The paper's accuracy (%) and entropy: Gemma-2-2B on UltraFeedback.
 TABLE_2 = {"dpo": (59.9, 1.66), "tdpo1": (63.2, 1.65), "tdpo2": (64.2, 1.68), "simpo": (63.4, 1.64)}
 TABLE_2["fpo"] = (64.1, 1.68)
 TABLE_3_LAYERS = {
@@ -48,6 +48,7 @@ TABLE_3_ALPHAS = {  # α: without and with stop-gradient
 TABLE_6 = {"fpo": (64.1, 1.68), "simpo_kl": (63.6, 1.66), "simpo": (63.4, 1.64), "tdpo2": (64.2, 1.68)}
 TABLE_7 = {(25,): (64.1, 1.68), (0, 25): (62.1, 1.70), (12, 25): (61.9, 1.64), (24, 25): (58.2, 1.66)}
 TABLE_7[0, 12, 25] = (51.4, 1.66)
+# The toy's 4 layers stand for those of Gemma's 26 that Tables 3 and 7 name.
 TOY_LAYER = {0: 0, 7: 0, 12: 1, 13: 1, 19: 2, 24: 2, 25: 3}
 # Gemma Scope's L0 nearest to the authors' 55, by site and layer.
 GEMMA_L0 = {
@@ -265,19 +266,19 @@ def draw_accuracy_entropy(rows):
     return figure
 
 
-def draw_curves(rows, key: str, what: str, factor: float):
-    """Fig. 3 (key "kl") or Fig. 4 right ("mse"): chosen, rejected, and margin |factor · (rejected − chosen)|.
+def draw_curves(rows, key: str, what: str):
+    """Fig. 3 (key "kl") or Fig. 4 right ("mse"): D of chosen, of rejected, and |β D(y_l) − β D(y_w)|.
 
-    Means over seeds, shaded by one deviation, at the steps where held-out pairs were scored.
+    Each a mean over pairs; then means over seeds, shaded by one deviation, at the steps where held-out pairs
+    were scored. β is 0.1 for all methods.
     """
-    margin = "|β (rejected − chosen)| " if factor != 1 else "|rejected − chosen| "
-    margin += what[what.rindex("(") :]  # in the same unit
+    margin = "|β D(y_l) − β D(y_w)| " + what[what.rindex("(") :]  # in the same unit
     figure, axes = panels(["chosen", "rejected", "margin"], "training step", [what, what, margin])
     for name, (label, colour) in METHODS.items():
         points = {}  # step: of each seed (chosen, rejected, margin)
         for point in (p for row in rows if row["name"] == name for p in row["curve"]):
-            chosen, rejected = point[f"{key}_chosen"], point[f"{key}_rejected"]
-            points.setdefault(point["step"], []).append((chosen, rejected, abs(factor * (rejected - chosen))))
+            values = [point[f"{key}_{panel}"] for panel in ("chosen", "rejected", "margin")]
+            points.setdefault(point["step"], []).append(values)
         for panel, ax in enumerate(axes if points else []):
             statistic = [mean_deviation([seed[panel] for seed in step]) for step in points.values()]
             mean, deviation = zip(*statistic, strict=True)
@@ -345,8 +346,8 @@ def comparison(args):
     first = [row for row in rows if row["seed"] == args.seeds[0]]
     tables = {"Table 2, right": table(rows, lines), "FPO by α, first seed": table(first, alphas)}
     figures = {"accuracy_entropy": draw_accuracy_entropy(rows), "alpha": draw_alpha(rows)}
-    figures["kl"] = draw_curves(rows, "kl", "KL(ref‖policy) of a response (nats)", PAPER_BETA)
-    figures["mse"] = draw_curves(rows, "mse", "D_FPO (activation²)", 1.0)
+    figures["kl"] = draw_curves(rows, "kl", "KL(ref‖policy) of a response (nats)")
+    figures["mse"] = draw_curves(rows, "mse", "D_FPO (activation²)")
     if values_of(rows, "fpo", "activations_policy"):
         figures["activations"] = draw_activations(rows)
     publish(args, rows, tables, figures)

@@ -25,11 +25,19 @@ from torch.distributed.tensor import DTensor
 import fpo
 import offline
 
-# May differ between a run and its continuation: they change no bit, or only how often something is looked at.
+# May differ between a run and its continuation: they change only rounding, or what is looked at.
 FREE = {"resume", "save_every", "keep", "force", "on_nan", "out", "cache_dir", "start_note", "base"}
 FREE |= {"eval_every", "eval_samples", "eval_kl", "eval_tokens", "sample_batch"}
-FREE |= {"micro_batch_pairs", "micro_batch_tokens", "sft_dataset", "sft_eval_dataset"}
-FREE |= {"wandb", "tensorboard", "push_to_hub", "plan", "gpu_gb", "ranks"}
+FREE |= {
+    "micro_batch_pairs",
+    "micro_batch_tokens",
+    "wandb",
+    "tensorboard",
+    "push_to_hub",
+    "plan",
+    "gpu_gb",
+    "ranks",
+}
 
 
 # ---------------------------------------------------------------------------- pieces
@@ -107,8 +115,9 @@ def saved_states(out) -> list[Path]:
 
 
 def set_aside(out):
-    """Rename the states of the run before to OUT/state.old, when one begins anew in its folder: it may have
-    come further, and the new run's states would be taken for its older ones.
+    """Move an earlier run's states to OUT/state.old when a run begins anew in its folder.
+
+    Left there, later ones would pass for this run's last.
     """
     folder, old = Path(out) / "state", Path(out) / "state.old"
     if folder.exists():
@@ -117,7 +126,7 @@ def set_aside(out):
 
 
 def read_meta(out, args, reference: str) -> dict:
-    """state.json of the last state, after checking that this run is the same run.
+    """state.json of the last state, after checking that this run continues it.
 
     Raises:
         ValueError: no state, or a damaged one; other settings (each named; --force takes them); another
@@ -195,7 +204,8 @@ def cut_metrics(path, step: int):
 def hold(out):
     """Hold a run's folder until this process ends; keep what is returned. OSError while another run has it.
 
-    A killed torchrun leaves its ranks at work: a run started again would write over theirs.
+    A killed torchrun leaves its ranks at work: a run started again would write over theirs. (lockf, by which
+    a process may hold a file twice: a run can follow another in it.)
     """
     Path(out).mkdir(parents=True, exist_ok=True)
     lock = open(Path(out) / "lock", "w")  # noqa: SIM115

@@ -114,8 +114,8 @@ def load_sae(source, *, layer, width="16k", site="res", average_l0=None, revisio
     one such layout per site: `source/res`, `source/mlp`, `source/att`), or one .npz or .safetensors file,
     where the other arguments choose nothing.
     `layer`: from 0. `width`: as the folders say it. `site`: "res", "mlp" or "att". `revision`: the repo's.
-    `average_l0`: the mean number of active features that the folder names; None takes the nearest to 100, of
-    two as near the smaller. For Gemma Scope 2 "small", "medium" or "big"; None takes "medium".
+    `average_l0`: the mean number of active features that the folder names; None takes the nearest to 100 (on
+    a tie the smaller). For Gemma Scope 2 "small", "medium" or "big"; None takes "medium".
 
     Where the hub can't be read, what its local cache holds of the repo is used, with a warning.
     Raises: ValueError for a site, layer, width or L0 that does not exist (those that do are listed) and for

@@ -5,7 +5,8 @@
     torchrun --nproc_per_node 4 train.py --method fpo
 
 The stages, in order: processes, data, model; Phase 1, the offline reference (Sec. 3); Phase 2, the loop; what
-came out. All goes into --out: config.json, metrics.jsonl, scores.json, model/ (a Hugging Face directory).
+came out. All goes into --out: config.json, metrics.jsonl, scores.json, model/ (a Hugging Face directory), and
+the states of --save_every.
 """
 
 import argparse
@@ -96,7 +97,7 @@ def learning_rate(step: int, steps: int, args) -> float:
 
 
 def plan_steps(args, pairs, layout: str, world: int) -> list[list[list[int]]]:
-    """For every step its micro-batches, this and the other ranks'; epochs follow on each other."""
+    """For every step its micro-batches, this and the other ranks'; one epoch after another."""
     lengths, per_epoch = pairs.row_lengths(layout), math.ceil(len(pairs) / args.batch_size)
     steps = args.steps if args.steps is not None else args.epochs * per_epoch
     plan = []

@@ -372,7 +372,7 @@ def test_cache_top_keeps_the_largest(reference, saes, tmp_path, capsys):
 
 
 def test_cache_identity(reference, saes, tmp_path):
-    """One token, weight, threshold, the dtype or the layout changed: another cache. Else: the same."""
+    """A token, weight, threshold, setting, the dtype or layout changed: another cache. Else: the same."""
     pairs = make_pairs(6)
     policy = policy_of(reference, saes)
     home = build(policy, pairs, tmp_path).folder
@@ -394,6 +394,11 @@ def test_cache_identity(reference, saes, tmp_path):
     assert found(policy_of(reference, (saes[0], sae)), pairs) != home
     assert found(policy_of(copy.deepcopy(reference).to(torch.bfloat16), saes), pairs) != home
     assert found(policy, pairs, layout="shared") != home
+    for name, value in (("final_logit_softcapping", 29.0), ("sliding_window", 8), ("rms_norm_eps", 1e-5)):
+        other = policy_of(reference, saes)
+        other.lm.config = copy.deepcopy(other.lm.config)
+        setattr(other.lm.config, name, value)
+        assert found(other, pairs) != home, name
     # A part of its SAEs, or none (DPO), is served by the same cache.
     assert found(fpo.Policy(copy.deepcopy(reference), saes[1:], SITES[1:]), pairs) == home
     assert found(fpo.Policy(copy.deepcopy(reference)), pairs) == home

@@ -16,7 +16,7 @@ def make_row(name, seed, curve=(), **scores):
 
 
 def make_curve(*points):
-    keys = ("step", "kl_chosen", "kl_rejected", "mse_chosen", "mse_rejected")
+    keys = ("step", "kl_chosen", "kl_rejected", "mse_chosen", "mse_rejected", "kl_margin", "mse_margin")
     return [dict(zip(keys, point, strict=True)) for point in points]
 
 
@@ -167,7 +167,7 @@ def rows():
     made = []
     for name in reproduce.METHODS:
         for seed, (w, l) in enumerate(((1.0, 5.0), (3.0, 11.0))):
-            curve = [] if name == "sft" else make_curve((0, 0, 0, 0, 0), (10, w, l, w / 10, l / 10))
+            curve = [] if name == "sft" else make_curve((0,) * 7, (10, w, l, w / 10, l / 10, l, l / 10))
             scores = {"accuracy": 0.6 + seed / 5, "entropy": 1 + seed, "activations_policy": [3.0, 2.0, 1.0]}
             made.append(make_row(name, seed, curve, **scores))
     made += [make_row(reproduce.alpha_name(a), 0, accuracy=0.5, entropy=a, kl_rejected=50 - a)
@@ -177,18 +177,18 @@ def rows():
 
 
 def test_curves_are_means_over_seeds_and_the_margin_has_beta(rows):
-    figure = reproduce.draw_curves(rows, "kl", "KL (nats)", 0.1)
+    figure = reproduce.draw_curves(rows, "kl", "KL (nats)")
     assert [ax.get_xlabel() for ax in figure.axes] == ["training step"] * 3
     assert [ax.get_ylabel() for ax in figure.axes] == [
         "KL (nats)",
         "KL (nats)",
-        "|β (rejected − chosen)| (nats)",
+        "|β D(y_l) − β D(y_w)| (nats)",
     ]
     fpo = [next(line for line in ax.lines if line.get_label() == "FPO") for ax in figure.axes]
     assert fpo[0].get_color() == reproduce.METHODS["fpo"][1]
     assert [list(line.get_xdata()) for line in fpo] == [[0, 10]] * 3
     ends = [line.get_ydata()[1] for line in fpo]
-    assert ends == pytest.approx([2.0, 8.0, 0.1 * (4 + 8) / 2])
+    assert ends == pytest.approx([2.0, 8.0, 8.0])  # the runs' own margin: a mean over pairs, not of means
     assert len(figure.axes[0].lines) == 5  # all but the start
 
 
@@ -212,7 +212,7 @@ def test_publish_writes_results_table_and_figures(tmp_path, rows):
     (tmp_path / "results.json").write_text('{"ablation": [1]}')
     for _ in range(2):
         reproduce.publish(
-            options, rows, {"Table": "| x |\n"}, {"kl": reproduce.draw_curves(rows, "kl", "KL (nats)", 0.1)}
+            options, rows, {"Table": "| x |\n"}, {"kl": reproduce.draw_curves(rows, "kl", "KL (nats)")}
         )
         drawn = (tmp_path / "kl.svg").read_bytes()
     assert drawn.startswith(b"<?xml") and drawn == (tmp_path / "kl.svg").read_bytes()
