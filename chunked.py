@@ -10,6 +10,9 @@ import torch
 
 from sae import JumpReLUSAE
 
+VOCABULARY_SLICE = {"cuda": 8192, "cpu": 1024}  # columns of logits at once
+TOKEN_SLICE = 1024  # tokens whose features are made at once
+
 
 # ---------------------------------------------------------------------------- the head
 def _product(a, b):
@@ -128,7 +131,7 @@ def token_statistics(
         log π(token) (N,); KL(ref ‖ policy) (N,), log π_ref(token) (N,) and entropy (N,) in nats, each or
         None.
     """
-    chunk = 8192 if states.is_cuda else 1024
+    chunk = VOCABULARY_SLICE["cuda" if states.is_cuda else "cpu"]
     return _TokenStatistics.apply(states, weight, targets, softcap, ref_states, ref_weight, chunk, entropy)
 
 
@@ -182,4 +185,6 @@ def pooled_features(states, sae: JumpReLUSAE, owner, lengths, most=None):
     Returns:
         (responses, m) float32.
     """
-    return _PooledFeatures.apply(states, sae.W_enc, sae.b_enc, sae.threshold, owner, lengths, 1024, most)
+    return _PooledFeatures.apply(
+        states, sae.W_enc, sae.b_enc, sae.threshold, owner, lengths, TOKEN_SLICE, most
+    )

@@ -35,9 +35,9 @@ the states' variance misses about as much of their change as there is (‖Δe‖
 """
 
 import argparse
+import io
 import json
 import math
-import os
 import subprocess
 import sys
 import time
@@ -178,10 +178,7 @@ def theorem(run) -> dict:
     """The theorem at every saved state of a run. run: of load_run."""
     h_ref, owner = read_states(run.reference, run.pairs, run.n, **run.rows)
     c_ref = pooled_features(h_ref, run.sae, owner, owner.bincount())
-    cap, (V, _) = (
-        run.reference.config.final_logit_softcapping,
-        run.reference.get_output_embeddings().weight.shape,
-    )
+    cap, V = run.reference.config.final_logit_softcapping, len(run.reference.get_output_embeddings().weight)
     ceiling, rows = 2 * (cap or math.inf) + math.log(V), []
     for folder in tqdm(run.states, "theorem", unit=" states"):
         load_weights(run.policy, folder)
@@ -356,20 +353,20 @@ def draw_theorem(record):
 
 
 def publish(path: Path, results: dict):
-    """Write the results as JSON, their tables beside it as Markdown, the figure as SVG: each aside first."""
+    """Write the results as JSON, their tables beside it as Markdown, the figure as SVG."""
     import matplotlib
 
     offline.write_json(path, results)
     tables = {"theorem": theorem_table, "departures": departures_table}
     texts = {what: table(results[what]) for what, table in tables.items() if what in results}
-    aside = path.with_suffix(f".{os.getpid()}.tmp")
     how = "`{command}` (commit {commit}, seed {seed}, {pairs} pairs; {hardware}, {seconds:.0f} s)\n\n"
-    aside.write_text("\n".join(how.format(**results[what]) + text for what, text in texts.items()))
-    aside.replace(path.with_suffix(".md"))
+    text = "\n".join(how.format(**results[what]) + text for what, text in texts.items())
+    offline.write_text(path.with_suffix(".md"), text)
     if "theorem" in results:
         with matplotlib.rc_context({"svg.hashsalt": "theorem"}):  # the same bytes for the same figure
-            draw_theorem(results["theorem"]).savefig(aside, format="svg", metadata={"Date": None})
-        aside.replace(path.with_name("theorem.svg"))
+            drawn = io.StringIO()
+            draw_theorem(results["theorem"]).savefig(drawn, format="svg", metadata={"Date": None})
+        offline.write_text(path.with_name("theorem.svg"), drawn.getvalue())
     print(*texts.values(), sep="\n")
 
 

@@ -29,7 +29,6 @@ whole distribution at temperature 1, before the cut. Ranks and batch sizes chang
 import argparse
 import importlib.util
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -410,10 +409,8 @@ def export(lm, tokenizer, kind, questions, *, model, temperature=None, seed=0, *
         temperature: None: EXPORTS'; for MT-Bench its own, by category.
         sampling: max_new_tokens, top_p, batch_size, progress, as `sample_responses` takes them.
     """
-    renderer, temperature = (
-        Renderer(tokenizer),
-        EXPORTS[kind] if temperature is None else temperature,
-    )
+    renderer = Renderer(tokenizer)
+    temperature = EXPORTS[kind] if temperature is None else temperature
     talks = [[] for _ in questions]
     for turn in range(max(len(turns) for _, turns in questions)):
         here = [i for i, (_, turns) in enumerate(questions) if turn < len(turns)]
@@ -440,12 +437,8 @@ def add_flags(parser):
     """The flags of its own, in four groups."""
     score = parser.add_argument_group("scores").add_argument
     score("--beta", type=float, default=0.1, help="β of the margins, one for all methods (0.1)")
-    score(
-        "--train_pairs",
-        nargs="?",
-        const="preset",
-        help="training pairs too (Table 2): the preset's, or these",
-    )
+    train = {"nargs": "?", "const": "preset", "help": "training pairs too (Table 2): the preset's, or these"}
+    score("--train_pairs", **train)
     score("--features_top", type=int, default=0, help="largest pooled features by rank; Fig. 2: 50 (0: none)")
     score("--bootstrap", type=int, default=1000, help="resamples for the intervals (1000); 0: none")
     score("--json", help="write all that is printed here")
@@ -518,11 +511,8 @@ def check_args(args):
 
 
 def write_lines(path, records):
-    """Write JSON lines aside and rename: a reader sees the old file or the new one."""
-    aside = Path(f"{path}.{os.getpid()}.tmp")
-    aside.parent.mkdir(parents=True, exist_ok=True)
-    aside.write_text("".join(json.dumps(record) + "\n" for record in records))
-    aside.replace(path)
+    """Write JSON lines as `offline.write_text` does."""
+    offline.write_text(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
 def run_export(args, tokenizer, lm, questions, main_rank):
@@ -566,14 +556,14 @@ def run_features(args, policy, pairs_a, pairs_b, rows, main_rank):
 
 def run_scores(args, tokenizer, policy, pairs, train, rows, main_rank):
     """All scores of one model, printed and written."""
-    rows |= {"k": args.k, "beta": args.beta, "bootstrap": args.bootstrap, "progress": main_rank}
+    options = {"k": args.k, "beta": args.beta, "bootstrap": args.bootstrap, "progress": main_rank, **rows}
     scores = evaluate(
         policy, tokenizer, pairs, top=args.features_top, prompts=args.prompts, samples=args.samples,
         top_p=args.top_p, max_new_tokens=args.max_new_tokens, batch_size=args.sample_batch, seed=args.seed,
-        **rows,
+        **options,
     )  # fmt: skip
     if train is not None:
-        scores["train"] = evaluate(policy, tokenizer, train, seed=args.seed, **rows)
+        scores["train"] = evaluate(policy, tokenizer, train, seed=args.seed, **options)
     if not main_rank:
         return
     for title, part in (("", scores), ("train ", scores.get("train", {}))):

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import fpo
 import presets
+from chunked import TOKEN_SLICE, VOCABULARY_SLICE
 
 
 def plan_run(args):
@@ -74,7 +75,7 @@ def plan(
     b = 2 if dtype == "bfloat16" else 4  # bytes of a number in the computation
     states = {"adam": 8, "rmsprop": 4}[rule] + (2 if stored == 2 else 0)  # 2: the rest of the bf16 master
     kept, moment = layer_bytes(config, b, row_tokens)
-    chunk = 8192 if config._attn_implementation == "flex_attention" else 1024
+    chunk = VOCABULARY_SLICE["cuda" if config._attn_implementation == "flex_attention" else "cpu"]
     items = {
         "weights": P * stored / (ranks if fsdp else 1),
         "gradients": P * stored / (ranks if fsdp else 1),
@@ -87,8 +88,8 @@ def plan(
         "SAE": 0,
         "reference": P * b / (ranks if fsdp else 1) + T * moment + N * d * b if held else 0,
     }
-    if method == "fpo" and sae_shape:  # the encoder; z, c and masks of 1024 tokens; the states it reads
-        items["SAE"] = 4 * sae_shape[1] * (sae_shape[0] + 4 * min(N, 1024)) + N * d * b
+    if method == "fpo" and sae_shape:  # the encoder; z, c and masks of a slice; the states it reads
+        items["SAE"] = 4 * sae_shape[1] * (sae_shape[0] + 4 * min(N, TOKEN_SLICE)) + N * d * b
     return {name: size / 1e9 for name, size in {**items, "total": sum(items.values())}.items()}
 
 

@@ -226,11 +226,16 @@ def _manifest(folder) -> dict | None:
 
 
 def write_json(path, value):
-    """Write JSON aside and rename: a reader sees the old file or the new one."""
-    aside = Path(path).with_suffix(f".{os.getpid()}.tmp")
+    """Write JSON as `write_text` does."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_text(path, text: str):
+    """Write a file aside and rename it: a reader sees the old one or the new one."""
+    aside = Path(f"{path}.{os.getpid()}.tmp")
     aside.parent.mkdir(parents=True, exist_ok=True)
     with writing(aside):
-        aside.write_text(json.dumps(value, indent=1) + "\n")
+        aside.write_text(text)
     aside.replace(path)
 
 

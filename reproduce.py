@@ -321,7 +321,7 @@ def publish(args, rows, tables: dict, figures: dict):
     seconds = round(time.perf_counter() - args.began)
     how = made_by() | {"runs": len(rows), "runs_done_now": args.todo, "seconds": seconds}
     offline.write_json(assets / "results.json", results | {args.what: {**how, "rows": rows}})
-    (assets / f"{args.what}.md").write_text(text)
+    offline.write_text(assets / f"{args.what}.md", text)
     for name, figure in figures.items():
         with matplotlib.rc_context({"svg.hashsalt": name}):  # the same bytes for the same figure
             figure.savefig(assets / f"{name}.svg", metadata={"Date": None})
@@ -449,9 +449,8 @@ def control(args):
             runs.append(run)
     rows = do_runs(args, runs)
     shares = [key for key in rows[0]["scores"] if key.startswith("share_")]
-    publish(
-        args, rows, {"Table 4 on the toy world": table(rows, lines, ["accuracy", "entropy", *shares])}, {}
-    )
+    title, columns = "Table 4 on the toy world", ["accuracy", "entropy", *shares]
+    publish(args, rows, {title: table(rows, lines, columns)}, {})
 
 
 def parse_args(argv=None):

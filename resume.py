@@ -195,9 +195,7 @@ def cut_metrics(path, step: int):
                 kept.append(line + "\n")
         except (ValueError, KeyError):  # the line that a kill cut short
             continue
-    aside = path.with_suffix(".tmp")
-    aside.write_text("".join(kept))
-    aside.replace(path)
+    offline.write_text(path, "".join(kept))
 
 
 # ---------------------------------------------------------------------------- one run a folder
