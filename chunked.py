@@ -6,9 +6,12 @@
 Both are plain functions of tensors; losses.py and sae.py hold what they are compared with in the tests.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 
-from sae import JumpReLUSAE
+if TYPE_CHECKING:  # so that this file can be copied
+    from sae import JumpReLUSAE
 
 VOCABULARY_SLICE = {"cuda": 8192, "cpu": 1024}  # columns of logits at once
 TOKEN_SLICE = 1024  # tokens whose features are made at once
@@ -123,7 +126,7 @@ def token_statistics(
     Args:
         states: (N, d), the transformer's last hidden states that predict the tokens.
         weight: (V, d), the output embedding; states and weight get gradients.
-        targets: (N,) token ids.
+        targets: (N,) token ids, all of them real: positions that don't count (-100) are left out before.
         softcap: logits are softcap·tanh(logits / softcap); None: as they are.
         ref_states, ref_weight: (N, d), (V, d) of the reference: gives the KL of TDPO, Eq. 3.
         entropy: also the entropy of each distribution (no gradient).
@@ -173,7 +176,7 @@ def _mean_matrix(owner, lengths, dtype):
     return mine.to(dtype) / lengths.clamp(min=1)[:, None]
 
 
-def pooled_features(states, sae: JumpReLUSAE, owner, lengths, most=None):
+def pooled_features(states, sae: "JumpReLUSAE", owner, lengths, most=None):
     """c̄: the SAE's features averaged over each response's positions (Eq. 5, Eq. 10).
 
     Args:

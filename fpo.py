@@ -25,6 +25,7 @@ After the transformer everything works on the N states that predict response tok
 and never the logits of all positions.
 """
 
+import signal
 from typing import NamedTuple
 
 import torch
@@ -210,6 +211,14 @@ def lockstep(groups: list[list[int]], device) -> list[list[int]]:
     return groups + [[] for _ in range(int(count) - len(groups))]
 
 
+LOADERS = {"cuda": 1, "cpu": 0}  # processes that make batches ahead
+
+
+def _ignore_signals(_):  # torchrun signals a rank's whole group; the rank itself ends its loader
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def stream(pairs: Pairs, groups, *, device, cache=None, **rows):
     """(Batch, reference Statistics or None) of each micro-batch, on the device, made ahead of the GPU's work.
 
@@ -223,8 +232,11 @@ def stream(pairs: Pairs, groups, *, device, cache=None, **rows):
         batch = collate(pairs, group or [0], padding_pair=not group, **rows)
         return batch, None if cache is None else cache.lookup(batch.index)
 
-    cuda = torch.device(device).type == "cuda"
-    loader = DataLoader(groups, batch_size=None, collate_fn=load, pin_memory=cuda, num_workers=int(cuda))
+    workers = LOADERS[kind := torch.device(device).type]
+    loader = DataLoader(
+        groups, batch_size=None, collate_fn=load, pin_memory=kind == "cuda", num_workers=workers,
+        worker_init_fn=_ignore_signals, multiprocessing_context="fork" if workers else None,
+    )  # fmt: skip
     for batch, reference in loader:
         if reference is not None:
             logps, _, features, *_ = reference

@@ -11,6 +11,7 @@ import os
 import shlex
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -44,7 +45,7 @@ GEMMA_2 = {
     "dataset": f"{ULTRAFEEDBACK}:train_prefs",
     "eval_dataset": f"{ULTRAFEEDBACK}:test_prefs",
     "sft_dataset": f"{ULTRACHAT}:train_sft",
-    "sft_eval_dataset": f"{ULTRACHAT}:test_sft",
+    "sft_eval_dataset": f"{ULTRACHAT}:test_sft[:2000]",
     "sae_width": "16k",
     "sae_site": "res",
     "optimizer": "adam",
@@ -91,7 +92,6 @@ PRESETS = {
         "lr": 3e-4,
         "warmup_steps": 10,
         "steps": 100,
-        "micro_batch_tokens": 0,
         "activation_checkpointing": False,
         "eval_every": 50,
         "eval_kl": True,
@@ -106,16 +106,19 @@ def start_processes(device: str | None = None) -> torch.device:
     """Join torchrun's other processes, by gloo, on CUDA nccl; alone without it. Returns the rank's device."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    transformers_logging.disable_progress_bar()  # bars of half a second, one a rank
+    if int(os.environ.get("RANK", 0)):  # one rank shows what it downloads and loads
+        transformers_logging.disable_progress_bar()
     if "RANK" in os.environ and not dist.is_initialized():
         store, rank, world = next(dist.rendezvous("env://"))
         if os.environ.get("GROUP_WORLD_SIZE") == "1":  # one torchrun, which may start its ranks again:
             # they would find the dead ones' addresses in the store that it keeps
             store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
         backend = "nccl" if device == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+        patience = timedelta(hours=2)  # a rank may wait for a download, a slow disk, another run's cache
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch._dynamo.config.recompile_limit = 64  # flex_attention: past it shapes run unfused, in silence
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device(device)
 

@@ -92,8 +92,8 @@ def trackers(args, start: int) -> list:
     return logs
 
 
-def save_model(policy, tokenizer, args, scores: dict):
-    """A Hugging Face directory with a model card, written aside and renamed. Every rank must call it."""
+def save_model(policy, tokenizer, args):
+    """A Hugging Face directory, written aside and renamed. Every rank must call it."""
     state = precision.full_state_dict(policy)
     if fpo.ranks()[0]:
         return
@@ -108,7 +108,7 @@ def save_model(policy, tokenizer, args, scores: dict):
     with offline.writing(aside):
         policy.lm.save_pretrained(aside, state_dict=state)
         tokenizer.save_pretrained(aside)
-        (aside / "README.md").write_text(model_card(args, scores))
+        (aside / "README.md").write_text(model_card(args, {}))
     shutil.rmtree(old, ignore_errors=True)
     if out.exists():
         out.rename(old)

@@ -125,8 +125,8 @@ def set_aside(out):
         folder.rename(old)
 
 
-def read_meta(out, args, reference: str) -> dict:
-    """state.json of the last state, after checking that this run continues it.
+def read_meta(out, args, reference: str | None = None) -> dict:
+    """state.json of the last state, after checking that this run continues it (None: the reference is not).
 
     Raises:
         ValueError: no state, or a damaged one; other settings (each named; --force takes them); another
@@ -146,7 +146,7 @@ def read_meta(out, args, reference: str) -> dict:
     if changed and not args.force:
         what = ", ".join(f"--{name} was {before.get(name)}, is {now[name]}" for name in changed)
         raise ValueError(f"--resume {states[-1]}: {what}; --force goes on with the new values")
-    if meta["reference"] != reference:
+    if reference is not None and meta["reference"] != reference:
         raise ValueError(f"--resume {states[-1]}: trained against another reference than {args.reference}")
     return meta
 

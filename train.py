@@ -182,8 +182,8 @@ def load_policy(name, args, device, saes, sites):
     return policy, digest
 
 
-def load_reference(args, device):
-    """The frozen reference, to be held beside the policy, and the digest of its weights."""
+def load_reference(args, device, hashed=True):
+    """The frozen reference, to be held beside the policy, and the digest of its weights (hashed: else "")."""
     fsdp = args.shard == "fsdp"
     lm = presets.load_lm(args.reference, device, dtype=presets.DTYPES[args.dtype], move=not fsdp)
     digest = offline.digest(lm.state_dict())
@@ -225,17 +225,20 @@ def main(argv=None):
     device = presets.start_processes()
     rank, world = fpo.ranks()
     main_rank = rank == 0
+    args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     with presets.one_line_errors():
         report.check(args)
+        resumes = args.resume == "always" or (args.resume == "auto" and bool(resume.saved_states(args.out)))
+        if resumes:
+            resume.read_meta(args.out, args)
     lock = resume.hold(args.out) if main_rank else None  # noqa: F841
-    args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    if main_rank and args.start_note:
+        print(args.start_note)
     presets.make_toy_world(args)
     with presets.one_line_errors():
         tokenizer, pairs, held_out, saes, sites, rows = load_run(args, device, main_rank)
         feature_weights = presets.load_feature_weights(args.feature_weights, saes)
         policy, digest = load_policy(args.model, args, device, saes, sites)
-    if main_rank and args.start_note:
-        print(args.start_note)
     budget = {"max_tokens": args.micro_batch_tokens, "max_pairs": args.micro_batch_pairs or 16}
 
     # ---- Phase 1: the offline reference
@@ -255,7 +258,7 @@ def main(argv=None):
         """Held-out scores; where the KL is wanted, the reference is loaded for it alone."""
         lent = args.eval_kl and args.method not in (*fpo.NEEDED, "sft")
         if lent:
-            policy.hold_reference(load_reference(args, device)[0])
+            policy.hold_reference(load_reference(args, device, hashed=False)[0])
         result = evaluate(
             policy, tokenizer, held_out, cache=held_out_cache, k=args.k, samples=samples,
             max_new_tokens=args.eval_tokens, batch_size=args.sample_batch, seed=args.seed,
@@ -276,7 +279,7 @@ def main(argv=None):
     parameters = [p for p in policy.parameters() if p.requires_grad]
     optimizer = precision.make_optimizer(args.optimizer, parameters, args.lr, shard=args.shard == "states")
     out, start = Path(args.out), 0
-    if args.resume == "always" or (args.resume == "auto" and resume.saved_states(out)):
+    if resumes:
         with presets.one_line_errors():
             meta = resume.read_meta(out, args, digest)
             resume.load_state(out, policy, optimizer)
@@ -338,8 +341,9 @@ def main(argv=None):
             optimizer.step()
         else:  # every rank sees the same sums, and decides the same
             what = f"step {step + 1}: loss or gradient is not finite; pairs: {bad_pairs(seen)}"
-            if args.on_nan == "stop":
-                raise SystemExit(f"error: {what}")
+            if args.on_nan == "stop":  # the step is not taken: all before it is good
+                resume.save_state(out, step, policy, optimizer, meta, keep=args.keep)
+                raise SystemExit(f"error: {what}\n--resume auto --on_nan skip goes on without them")
             line = {"step": step + 1, "skipped": what}
         optimizer.zero_grad()
 
@@ -347,7 +351,8 @@ def main(argv=None):
         seconds = time.perf_counter() - started
         line |= {"lr": lr, "pairs_per_s": n_pairs / seconds, "tokens_per_s": total_tokens / seconds}
         line["peak_memory_gb"] = peak_memory_gb(device)
-        if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < len(plan):
+        ends = stopping or step + 1 == len(plan)
+        if args.eval_every and (step + 1) % args.eval_every == 0 and not ends:
             line |= {f"eval_{name}": value for name, value in scores(0).items()}
         with offline.writing(metrics_file.name, keep=True):
             metrics_file.write(json.dumps(line) + "\n")
@@ -370,11 +375,12 @@ def main(argv=None):
             print(f"stopped by a signal after step {step + 1}; go on with --resume auto")
         return
 
-    # ---- what came out
+    # ---- what came out: the model first, so that no evaluation can lose it
+    report.save_model(policy, tokenizer, args)
     after = scores(args.eval_samples)
     table = {name: (before[name], after[name]) for name in after}
-    report.save_model(policy, tokenizer, args, table)
     if main_rank:
+        offline.write_text(out / "model/README.md", report.model_card(args, table))
         offline.write_json(out / "scores.json", {"before": before, "after": after})
         for log in trackers:
             log(len(plan), {f"eval_{name}": value for name, value in after.items()})

@@ -204,17 +204,21 @@ def test_killed_a_hundred_times(folder):
     assert len(struck) >= 80 and all(struck.count(moment) >= 3 for moment in MOMENTS), log
 
 
-def test_sigterm_saves_and_leaves(folder):
-    """One process, SIGTERM in the middle: status 0, a state; --resume auto ends with the same bits."""
+@pytest.mark.parametrize("loaders", [0, 1])
+def test_sigterm_saves_and_leaves(folder, loaders):
+    """SIGTERM to a rank's whole group, as torchrun sends it, the process that makes batches included (CUDA's
+    only): status 0, a state; --resume auto ends with the same bits.
+    """
     train.main([*RUN, "--out", "whole"])
+    code = f"import sys, fpo, train; fpo.LOADERS['cpu'] = {loaders}; sys.exit(train.main(sys.argv[1:]))"
     process = subprocess.Popen(
-        [sys.executable, ROOT / "train.py", *RUN, "--out", "cut", "--resume", "auto"], cwd=folder,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        [sys.executable, "-c", code, *RUN, "--out", "cut", "--resume", "auto"], cwd=folder,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     while not (folder / "cut/metrics.jsonl").exists() or not steps_of("cut"):
         time.sleep(0.005)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 0 and "go on with --resume auto" in out, out
     assert 0 < len(steps_of("cut")) < 6 and not (folder / "cut/model").exists()
