@@ -362,20 +362,29 @@ def shared_flags(parser: argparse.ArgumentParser):
     add = parser.add_argument_group("what to run on (default: the preset's)").add_argument
     add("--preset", default="gemma-2-2b", choices=PRESETS, help="fills in all that is not given")
     add("--model", help="Hugging Face directory or repo: where training starts, or what is scored")
-    add("--reference", help="the frozen reference π_ref (training: the model that it starts from)")
+    add("--reference", help="the frozen π_ref (training: its start; evaluation: none, no KL)")
     add("--dataset", help="JSONL, parquet or arrow file, or hub data set as NAME:SPLIT")
     add("--max_length", type=int, help="tokens of prompt and response (authors' code: 1024)")
     add("--max_prompt_length", type=int, help="tokens of the prompt; its beginning is cut (512)")
     add("--layout", default="auto", choices=layouts, help="shared: the prompt once a pair; separate: twice")
     add("--pack_to", type=int, default=0, help="fill rows with further pairs to so many tokens (CUDA)")
     add("--dtype", choices=DTYPES, help="of the computation (CPU float32, CUDA bfloat16)")
-    add("--sample_batch", type=int, help="responses sampled at once: their keys and values are held (128)")
+    add(
+        "--sample_batch",
+        type=int,
+        help="responses sampled at once, keys and values held (2B 128, 9B 32)",
+    )
     add = parser.add_argument_group("sparse autoencoder").add_argument
     add("--sae", help="Gemma Scope repo, directory of its layout, or file")
     add("--sae_layer", type=int, nargs="+", help="0-based; of several D_FPO is averaged (Table 7)")
     add("--sae_width", help="16k in Table 5")
-    add("--sae_site", choices=("res", "mlp", "att"), help="residual, as in Table 5, or MLP (Table 3)")
-    add("--sae_l0", type=int, nargs="+", help="average L0, for all layers or for each (nearest to 100)")
+    add("--sae_site", choices=("res", "mlp", "att"), help="residual (Table 5), MLP (Table 3) or attention")
+    add(
+        "--sae_l0",
+        type=int,
+        nargs="+",
+        help="average L0, for all layers or for each (2B 55; else nearest to 100)",
+    )
     add("--k", type=int, default=50, help="of Eq. 10 (authors' code: 50)")
 
 
@@ -415,7 +424,9 @@ def running_flags(parser: argparse.ArgumentParser):
         default=0,
         help="most pairs of a forward; 0: no limit, but 16 in Phase 1 and evaluation",
     )
-    add("--micro_batch_tokens", type=int, help="most tokens of a forward, padding counted; 0: no limit")
+    add(
+        "--micro_batch_tokens", type=int, help="most tokens of a forward, padding counted (8192); 0: no limit"
+    )
     add("--activation_checkpointing", **yes_no, help="Table 5: on (toy: off)")
     shards = ("none", "states", "fsdp")
     add("--shard", default="states", choices=shards, help="what ranks share out: optimizer states, or all")
@@ -424,10 +435,10 @@ def running_flags(parser: argparse.ArgumentParser):
     add("--gpu_gb", type=float, default=80.0, help="the card's memory, for --plan (80)")
     add("--ranks", type=int, default=4, help="ranks, for --plan (4)")
     add = parser.add_argument_group("evaluation").add_argument
-    add("--eval_every", type=int, help="held-out pairs every so many steps; 0: at the ends alone")
+    add("--eval_every", type=int, help="steps between looks at held-out pairs (200); 0: at the ends")
     add("--eval_kl", **yes_no, help="load the reference for the KL (toy: on)")
-    add("--eval_samples", type=int, help="responses a prompt for the entropy, at the ends; 0: none")
-    add("--eval_tokens", type=int, help="longest sampled response")
+    add("--eval_samples", type=int, help="responses a prompt for the entropy, at the ends (0; toy 4)")
+    add("--eval_tokens", type=int, help="longest sampled response (256 tokens; toy 48)")
     add = parser.add_argument_group("interruptions").add_argument
     add("--save_every", type=int, default=0, help="steps between resume states; 0: on a signal alone")
     choices = ("always", "auto")
