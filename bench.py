@@ -357,7 +357,7 @@ def draw_figure(json_file, path):
         axis.spines[["top", "right"]].set_visible(False)
         for y, value in enumerate(values):
             axis.text(value, y, f" {value:.2f}", va="center", color=grey)
-    figure.suptitle(f"{shape}, {run['device']}", color=grey)
+    figure.suptitle(f"{shape}, {run['hardware']}", color=grey)
     figure.savefig(path, transparent=True)
 
 

@@ -28,7 +28,7 @@ COMMANDS = [
 COMMANDS += re.findall(r"`(python [^`]+)`", README)
 LINK = re.compile(r"\[`(\w+)\.(\w+)`\]\((\w+)\.py#L(\d+)\)")
 WORDS = {  # file of assets/: numbers of it that the README tells in words
-    "ablation.md": r"from (72) to (33) nats|(?:ends at|with it at) (\d+) %|\((82\.5) to (80\.8) %\)",
+    "ablation.md": r"from (71\.7) to (33\.1) nats|(?:ends at|with it at) ([\d.]+) %|\((82\.5) to (80\.8) %\)",
     "control.md": r"keeps ([\d.]+) % of its ([\d.]+) %|([\d.]+) % with (?:its own|random)",
     "claims.md": r"([-+]\d+\.\d%)|misses (0\.\d+) of the variance instead of (0\.\d+)",
 }
@@ -134,7 +134,7 @@ def renewed(text):
             line = inspect.getsourcelines(thing)[1]
         else:
             source = (ROOT / f"{file}.py").read_text().splitlines()
-            line = next(i for i, text in enumerate(source, 1) if text.startswith(f"{name} = "))
+            line = next(i for i, text in enumerate(source, 1) if re.match(rf"{name}\b.* = ", text))
         return f"[`{module}.{name}`]({file}.py#L{line})"
 
     text = TABLE.sub(lambda match: match[1] + globals()[match[2]]() + match[3], text)
