@@ -106,8 +106,7 @@ def start_processes(device: str | None = None) -> torch.device:
     """Join torchrun's other processes, by gloo, on CUDA nccl; alone without it. Returns the rank's device."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if int(os.environ.get("RANK", 0)):  # one rank shows what it downloads and loads
-        transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # bars of half a second, one a rank; but see load_lm
     if "RANK" in os.environ and not dist.is_initialized():
         store, rank, world = next(dist.rendezvous("env://"))
         if os.environ.get("GROUP_WORLD_SIZE") == "1":  # one torchrun, which may start its ranks again:
@@ -200,6 +199,8 @@ def load_lm(name: str, device, *, dtype=torch.float32, move=True):
     """A causal LM, NAME or NAME@REVISION. Attention: eager on CPU, flex on CUDA; sdpa has no softcap."""
     name, revision = model_place(name)
     attention = "flex_attention" if torch.device(device).type == "cuda" else "eager"
+    if not os.path.isdir(name) and os.environ.get("RANK", "0") == "0":  # a download may take long
+        transformers_logging.enable_progress_bar()
     with hub_errors("model", name):
         for index in Path(name).glob("*.index.json"):  # it may name files outside its folder
             for file in json.loads(index.read_text())["weight_map"].values():

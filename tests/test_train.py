@@ -124,7 +124,7 @@ def test_not_finite_stops_and_names_the_pairs(folder, monkeypatch):
         ), extra
 
     monkeypatch.setattr(train.fpo, "method_loss", poisoned)
-    with pytest.raises(SystemExit, match=r"^error: step 2: .*: \[\d+\]$"):
+    with pytest.raises(SystemExit, match=r"^error: step 2: .*: \[\d+\]\n.*--on_nan skip"):
         train.main(["--method", "simpo", *SHORT, "--eval_every", "0", "--micro_batch_pairs", "32"])
     assert (folder / "runs/toy/simpo/model/model.safetensors").read_bytes() == saved
 
