@@ -20,6 +20,7 @@ Of sampled responses:
     response_tokens                |y|, the turn's end counted
     distinct_1, distinct_2         different words, pairs of words over all, of a prompt's responses
     self_bleu                      0 to 100, of a response against the others to its prompt
+And made_by: the command, commit and hardware.
 Of each mean: intervals {key: [low, high]}, 95 %, by bootstrap over pairs or prompts.
 
 Responses are sampled at temperature 1 from the nucleus (p = 0.95). Every entropy and log π is of the model's
