@@ -16,7 +16,7 @@
 | loss or gradient not finite | stop, or skip the step; never saved | test_not_finite_is_skipped |
 | a model saved as a pickle | refused | test_pickled_model_is_refused |
 
-Of 100 starts of the soak (pytest -m soak -s; 8 min 34 s on 2 cores) 89 were killed alive: 20 while caching, 20
+Of 100 starts of the soak (pytest -m soak -s; 8 min 34 s, 2 cores) 89 were killed alive: 20 while caching, 20
 training, 20 saving, 14 resuming, 15 anywhere. Each time the run came to its end, it had the bits of one that
 was never interrupted.
 """
