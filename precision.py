@@ -208,6 +208,14 @@ def clip_gradients(parameters, max_norm):
     return norm
 
 
+def all_finite(parameters) -> bool:
+    """Whether every weight of every rank is finite; the same answer on all."""
+    finite = torch.stack([_local(p.detach()).isfinite().all() for p in parameters]).all().float()
+    if dist.is_initialized():
+        dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+    return bool(finite)
+
+
 # ---------------------------------------------------------------------------- FSDP2
 def shard_layers(lm, *, dtype=torch.bfloat16, device=None):
     """Shard each of `lm.model.layers` over the ranks; a layer is whole, in `dtype`, only while it computes.

@@ -344,9 +344,11 @@ def main(argv=None):
             optimizer.step()
         else:  # every rank sees the same sums, and decides the same
             what = f"step {step + 1}: loss or gradient is not finite; pairs: {bad_pairs(seen)}"
-            if args.on_nan == "stop":  # the step is not taken: all before it is good
-                resume.save_state(out, step, policy, optimizer, meta, keep=args.keep)
-                raise SystemExit(f"error: {what}\n--resume auto --on_nan skip goes on without them")
+            if args.on_nan == "stop":
+                if precision.all_finite(parameters):  # the step is not taken: what is before it is good
+                    resume.save_state(out, step, policy, optimizer, meta, keep=args.keep)
+                    what += "\n--resume auto --on_nan skip goes on without them"
+                raise SystemExit(f"error: {what}")
             line = {"step": step + 1, "skipped": what}
         optimizer.zero_grad()
 

@@ -129,6 +129,31 @@ def test_not_finite_stops_and_names_the_pairs(folder, monkeypatch):
     assert (folder / "runs/toy/simpo/model/model.safetensors").read_bytes() == saved
 
 
+def test_weights_that_are_not_finite_reach_no_state(folder, monkeypatch):
+    """A stop at a NaN saves the state before it, unless that is not finite either."""
+    loss, load, calls = train.fpo.method_loss, presets.load_lm, []
+
+    def poisoned(*args, **kwargs):
+        calls.append(1)
+        value, extra = loss(*args, **kwargs)
+        return value * (torch.nan if len(calls) == 3 else 1.0), extra
+
+    def broken(*args, **kwargs):
+        lm = load(*args, **kwargs)
+        lm.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
+        return lm
+
+    flags = ["--method", "simpo", *SHORT, "--eval_every", "0", "--micro_batch_pairs", "32"]
+    monkeypatch.setattr(train.fpo, "method_loss", poisoned)
+    with pytest.raises(SystemExit, match="--resume auto"):
+        train.main([*flags, "--out", "good"])
+    assert [path.name for path in (folder / "good/state").iterdir()] == ["step_00000002"]
+    monkeypatch.setattr(train.presets, "load_lm", broken)
+    with pytest.raises(SystemExit, match=r"step 1: .*\]$"):
+        train.main([*flags, "--out", "bad"])
+    assert not (folder / "bad/state").exists() and not (folder / "bad/model").exists()
+
+
 def test_a_base_model_learns_to_stop(folder):
     """A generation config that knows EOS alone: the saved one ends at the turn's end too."""
     model = folder / "base"
