@@ -50,8 +50,8 @@ def parse_args(argv=None):
     preset = dict(presets.PRESETS[args.preset])
     sft_data = {name: preset.pop(f"sft_{name}") for name in ("dataset", "eval_dataset")}
     preset |= sft_data if args.method == "sft" else {}
-    for name, value in presets.TABLE_5[args.method].items():
-        if value is None and getattr(args, name) is not None:
+    for name, papers in presets.TABLE_5[args.method].items():
+        if papers is None and getattr(args, name) is not None:
             raise ValueError(f"--{name} {getattr(args, name)}: --method {args.method} has none")
     for name, value in {**preset, **presets.TABLE_5[args.method]}.items():
         if getattr(args, name, None) is None:
