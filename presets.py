@@ -110,7 +110,7 @@ def start_processes(device: str | None = None) -> torch.device:
     if "RANK" in os.environ and not dist.is_initialized():
         store, rank, world = next(dist.rendezvous("env://"))
         if os.environ.get("GROUP_WORLD_SIZE") == "1":  # one torchrun, which may start its ranks again:
-            # they would find the dead ones' addresses in the store that it keeps
+            # they would find the dead ones' addresses in the store that it keeps (pytorch/pytorch#135712)
             store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
         backend = "nccl" if device == "cuda" else "gloo"
         patience = timedelta(hours=2)  # a rank may wait for a download, a slow disk, another run's cache
@@ -196,8 +196,9 @@ def check_tokens(source: str, pairs, size: int):
 
 
 def load_lm(name: str, device, *, dtype=torch.float32, move=True):
-    """A causal LM, NAME or NAME@REVISION. Attention: eager on CPU, flex on CUDA; sdpa has no softcap."""
+    """A causal LM, NAME or NAME@REVISION. Attention: eager on CPU, flex on CUDA."""
     name, revision = model_place(name)
+    # sdpa would drop Gemma-2's softcap (huggingface/transformers#32865).
     attention = "flex_attention" if torch.device(device).type == "cuda" else "eager"
     if not os.path.isdir(name) and os.environ.get("RANK", "0") == "0":  # a download may take long
         transformers_logging.enable_progress_bar()
