@@ -119,7 +119,7 @@ def files():
     lines = ["| file | lines | what it tells |", "|---|---:|---|"]
     for name in f"{story} reproduce claims toy bench memory".split():
         text = (ROOT / f"{name}.py").read_text()
-        about = re.match(r'"""(.*?)\n', text)[1].rstrip(".").replace("|", "\\|")
+        about = re.match(r'"""(.*?)\n', text)[1].rstrip('".').replace("|", "\\|")
         lines.append(f"| [`{name}.py`]({name}.py) | {len(text.splitlines())} | {about} |")
     return "\n".join(lines) + "\n"
 
