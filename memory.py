@@ -35,7 +35,7 @@ def plan_run(args):
         sae_shape=(config.hidden_size, m), row_tokens=args.max_length,
     )  # fmt: skip
     print_plan(items, args.gpu_gb)
-    if args.eval_kl and args.method not in fpo.NEEDED:
+    if args.eval_kl and args.method not in (*fpo.NEEDED, "sft"):
         lent = parameters_of(config)[0] * (2 if args.dtype != "float32" else 4) / 1e9
         print(f"and {lent:.2f} GB while --eval_kl evaluates: the reference")
     print(

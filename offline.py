@@ -213,6 +213,8 @@ def _lock(folder):
     except BlockingIOError:
         print(f"{folder}: another process builds this cache; waiting for it", flush=True)
         fcntl.flock(lock, fcntl.LOCK_EX)
+    for left in folder.glob("*.tmp"):  # of a process that died while it wrote
+        left.unlink()
     return lock
 
 

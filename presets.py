@@ -273,8 +273,8 @@ def default_model(preset: str, method: str) -> tuple[str, str]:
 
 def make_toy_world(args):
     """Make the toy preset's files where they are missing: rank 0 does, the others wait."""
-    if args.preset == "toy" and not Path("runs/toy/toy.json").exists():
-        if int(os.environ.get("RANK", 0)) == 0:
+    if args.preset == "toy":
+        if int(os.environ.get("RANK", 0)) == 0 and not Path("runs/toy/toy.json").exists():
             import toy
 
             toy.make_world(Path("runs/toy"))

@@ -136,7 +136,8 @@ def do_run(run: dict, start: str, commit: str):
     """The run's commands in turn, output into log.txt; run.json comes last. RuntimeError where one fails."""
     folder, began = Path(run["folder"]), time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "run.json").unlink(missing_ok=True)
+    for name in ("run.json", "scores.json", "scored.json"):  # an older run's must not pass for this one's
+        (folder / name).unlink(missing_ok=True)
     with open(folder / "log.txt", "w") as log:
         for words in run["commands"]:
             env = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -325,7 +326,8 @@ def publish(args, rows, tables: dict, figures: dict):
     for name, figure in figures.items():
         with matplotlib.rc_context({"svg.hashsalt": name}):  # the same bytes for the same figure
             figure.savefig(assets / f"{name}.svg", metadata={"Date": None})
-    print(text, *(f"{assets / name}" for name in ("results.json", *(f"{f}.svg" for f in figures))), sep="\n")
+    written = ["results.json", f"{args.what}.md", *(f"{name}.svg" for name in figures)]
+    print(text, *(assets / name for name in written), sep="\n")
 
 
 # ---------------------------------------------------------------------------- what there is to run

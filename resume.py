@@ -77,8 +77,12 @@ def save_state(out, step: int, policy, optimizer, meta: dict, *, keep: int = 1):
     rank, world = fpo.ranks()
     folder = Path(out) / "state"
     aside, final = folder / f"step_{step:08d}.tmp", folder / f"step_{step:08d}"
+    if final.exists():  # this run's own, of this step: there is nothing to add
+        return
+    fpo.barrier()  # every rank has looked
     if rank == 0:
-        shutil.rmtree(aside, ignore_errors=True)
+        for left in folder.glob("step_*.tmp"):  # of a run that died while it wrote
+            shutil.rmtree(left)
         aside.mkdir(parents=True)
     fpo.barrier()
     pieces, firsts = {}, {}
@@ -87,13 +91,13 @@ def save_state(out, step: int, policy, optimizer, meta: dict, *, keep: int = 1):
             pieces[name], firsts[name] = tensor.contiguous(), str(first)
     with offline.writing(aside):
         path = aside / f"rank_{rank}.safetensors"
-        save_file(pieces, path, metadata=firsts)
+        # What safetensors writes of no tensor and no metadata it can't read: a rank that holds nothing.
+        save_file(pieces, path, metadata={"rank": str(rank), **firsts})
         _flush(path)
     fpo.barrier()
     if rank == 0:
         offline.write_json(aside / "state.json", {"step": step, "ranks": world, **meta})
         _flush(aside / "state.json")
-        shutil.rmtree(final, ignore_errors=True)
         aside.rename(final)
         _flush(folder)
         for old in saved_states(out)[: -max(1, keep)]:

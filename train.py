@@ -5,8 +5,8 @@
     torchrun --nproc_per_node 4 train.py --method fpo
 
 The stages, in order: processes, data, model; Phase 1, the offline reference (Sec. 3); Phase 2, the loop; what
-came out. All goes into --out: config.json, metrics.jsonl, scores.json, model/ (a Hugging Face directory), and
-the states of --save_every.
+came out. All but Phase 1's cache goes into --out: config.json, metrics.jsonl, scores.json, model/ (a Hugging
+Face directory), and the states of --save_every.
 """
 
 import argparse
@@ -146,7 +146,7 @@ def bad_pairs(seen: list) -> list[int]:
 
 # ---------------------------------------------------------------------------- before the loop
 def load_run(args, device, main_rank):
-    """Data first, then SAEs and the model: a wrong value ends the run before anything large is loaded.
+    """Data, then SAEs; the model comes after: a wrong value ends the run before anything large is loaded.
 
     Returns:
         tokenizer, pairs, held-out pairs, SAEs, their sites, and how rows are laid out.
@@ -189,7 +189,7 @@ def load_reference(args, device, hashed=True):
     """The frozen reference, to be held beside the policy, and the digest of its weights (hashed: else "")."""
     fsdp = args.shard == "fsdp"
     lm = presets.load_lm(args.reference, device, dtype=presets.DTYPES[args.dtype], move=not fsdp)
-    digest = offline.digest(lm.state_dict())
+    digest = offline.digest(lm.state_dict()) if hashed else ""
     if fsdp:
         precision.shard_layers(lm, dtype=presets.DTYPES[args.dtype], device=device)
         lm.to(device)  # what is not in a layer: the embedding, the final norm
@@ -329,7 +329,8 @@ def main(argv=None):
             ((loss * batch.weight).sum() * (world / n_pairs)).backward()
             for name, value in step_sums(batch, loss, values, statistics).items():
                 sums[name] = sums.get(name, 0.0) + value
-            seen.append((batch.index, loss.detach()))
+            if groups[micro]:  # a padding pair is none of the step's
+                seen.append((batch.index, loss.detach()))
             tokens = tokens + (batch.segment >= 0).sum()
         norm = precision.clip_gradients(parameters, args.max_grad_norm or math.inf)
 
@@ -378,6 +379,8 @@ def main(argv=None):
     if stopping and step + 1 < len(plan):
         if main_rank:
             print(f"stopped by a signal after step {step + 1}; go on with --resume auto")
+        if dist.is_initialized():
+            dist.destroy_process_group()
         return
 
     # ---- what came out: the model first, so that no evaluation can lose it

@@ -230,12 +230,13 @@ def test_sigterm_saves_and_leaves(folder, loaders):
     assert sha("cut/model/model.safetensors") == sha("whole/model/model.safetensors")
 
 
-def test_resume_with_another_number_of_ranks(folder):
-    """Saved by two ranks with sharded states, resumed by one."""
-    finish(launch(folder, "--out", "cut", "--save_every", "3", "--keep", "9"))
+@pytest.mark.parametrize("shard", ["states", "none"])
+def test_resume_with_another_number_of_ranks(folder, shard):
+    """Saved by two ranks, with sharded states or with all of them on both, resumed by one."""
+    finish(launch(folder, "--out", "cut", "--save_every", "3", "--keep", "9", "--shard", shard))
     whole = losses_of("cut")
     drop_last_state("cut")
-    train.main([*RUN, "--out", "cut", "--resume"])
+    train.main([*RUN, "--out", "cut", "--resume", "--shard", shard])
     assert steps_of("cut") == [1, 2, 3, 4, 5, 6]
     assert losses_of("cut") == pytest.approx(whole, rel=1e-4)
 
