@@ -280,8 +280,8 @@ def load_run(folder: Path, preset: str, pairs: int) -> argparse.Namespace:
     states, device = resume.saved_states(folder), presets.start_processes()
     if not states:
         raise ValueError(f"--run {folder}: no states; train it with --save_every N --keep M")
-    load = lambda name: presets.load_lm(name, device, dtype=presets.DTYPES[settings.dtype]).eval()  # noqa: E731
-    reference, policy = load(settings.reference), load(settings.model)
+    dtype, names = presets.DTYPES[settings.dtype], (settings.reference, settings.model)
+    reference, policy = (presets.load_lm(name, device, dtype=dtype).eval() for name in names)
     found, last = (settings.sae_layer, settings.sae_site), policy.config.num_hidden_layers - 1
     if found != ([last], "res"):
         raise ValueError(f"--run {folder}: SAE of {found}; Theorem B.1 is of the last layer, [{last}], res")

@@ -7,7 +7,7 @@ Glossary, of B pairs
     log π(y|x)    logps                    (2B,)      Eq. 7: sum over the response; B chosen, B rejected
     |y|           lengths                  (2B,)      Eq. 9: response tokens
     h             what a SiteHook captures (R, L, d)  Eq. 5: the residual stream as the SAE's layer leaves it
-    c̄             features                 (2B, m)    Eq. 10: SAE features, mean over the response's positions
+    c̄             features                 (2B, m)    Eq. 10: SAE features, mean over the response
     D_FPO         mse                      (2B,)      Eq. 10
     D_TDPO        kl                       (2B,)      Eq. 3: sequential KL(ref ‖ policy)
     γ_ref, δ      margin, constraint       (B,)       Eq. 8, Table 1

@@ -63,7 +63,8 @@ def real_text():
         "| (95 % intervals over pairs) | SFT, held out | FPO, held out | FPO, training pairs |",
         "|---|---|---|---|",
     ]
-    ends = lambda part, key: "{:.2f} [{:.2f}, {:.2f}]".format(part[key], *part["intervals"][key])  # noqa: E731
+    form = "{:.2f} [{:.2f}, {:.2f}]".format
+    ends = lambda part, key: form(part[key], *part["intervals"][key])  # noqa: E731
     for key, label in names.items():
         start = f"{sft[key]:.2f}" if key == "accuracy" else "–"
         lines.append(f"| {label} | {start} | {ends(scores, key)} | {ends(scores['train'], key)} |")
