@@ -1,11 +1,11 @@
-"""From text to tensors: the one path that training, the reference pass and the evaluation share.
+"""From text to tensors: the one path of training, reference pass and evaluation. Helpers of files and ranks.
 
-    records (JSONL, or any data set of Hugging Face's library)
-      -> messages    roles user, assistant, system, whatever the file calls them
-      -> Pairs       token ids of prompt, chosen and rejected; each is tokenised by itself, so none merges
-      -> Batch       rows of tokens for the transformer, and the response tokens, flat, for all after it
+    records   JSON lines, or any data set that Hugging Face's `datasets` reads
+    Chat      messages -> token ids, exactly those that the tokenizer's chat template writes
+    Pairs     token ids of prompt, chosen and rejected, memory-mapped
+    Batch     rows of tokens for the transformer; the response tokens, flat, for everything after it
 
-Two layouts of a batch hold the same pairs, and give the same values but for rounding:
+Two layouts of a batch hold the same pairs, and give the same values up to rounding:
 
     shared     one row per pair, the prompt computed once    [prompt | chosen | rejected]
     separate   one row per response                          [prompt | chosen], [prompt | rejected]
@@ -14,25 +14,45 @@ In a shared row the positions of the rejected response restart at the prompt's e
 the other: a query sees the keys with  k <= q,  doc[k] == doc[q]  and  segment[k] in {0, segment[q]}.
 """
 
+import contextlib
+import functools
 import hashlib
 import json
 import math
 import os
 import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
 from collections import Counter
-from dataclasses import dataclass, fields, replace
-from itertools import chain, islice
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import torch
+import torch.distributed as dist
+from filelock import FileLock, Timeout
 from jinja2 import TemplateError
-from tqdm.auto import tqdm
+from pyarrow import compute
+from safetensors import SafetensorError
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
+FORMATS = {".jsonl": "text", ".json": "json", ".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant"}
-ROLES["system"] = "system"
-FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}  # file ending: reader
+ROLES |= {"system": "system", "developer": "system"}
+TRANSCRIPT = re.compile(r"\n\nHuman:|\s*Human:.*\n\nAssistant:", re.DOTALL)  # HH-RLHF's
+# What a conversation of plain texts can't express, in a record or in a message.
+MEDIA = ("image", "images", "video", "videos", "audio", "audios", "tools")
+NOT_TEXT = (*MEDIA, "tool_calls", "function_call", "reasoning", "reasoning_content", "thinking")
 
-# For base models, whose tokenizer has no chat template: Gemma's turns where its tokens exist, else the
-# format of the authors' code.
+# For tokenizers without a chat template (base models): Gemma's turns, or the Halos format of the paper.
 GEMMA_TURNS = (
     "{{ bos_token }}{% for m in messages %}"
     "{% if m['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
@@ -40,451 +60,465 @@ GEMMA_TURNS = (
     "{{ m['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
-PLAIN_TURNS = (
+HALOS_TURNS = (
     "{{ bos_token }}{% for m in messages %}{{ '\n<|' + m['role'] + '|>\n' + m['content'] | trim }}"
     "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '\n<|assistant|>\n' }}{% endif %}"
 )
-LEAST_PROMPT = 16  # tokens of a prompt that a long response can't push out: the opening of the answer's turn
-CHUNK = 1000  # records that are tokenised in one call
-LONGEST_TOKEN = 256  # characters: of a longer text only as many as can matter are tokenised
+
+# One row per record; of one that is left out nothing but its notes.
+PARTS = ("prompt", "chosen", "rejected")
+COLUMNS = dict.fromkeys(PARTS, pa.list_(pa.int32()))  # token ids
+COLUMNS["is_target"] = pa.list_(pa.int8())  # of chosen: 0 for the user's turns within an SFT conversation
+COLUMNS["opening"] = pa.list_(pa.int32())  # what the template adds to the prompt where a response is sampled
+COLUMNS["notes"] = pa.list_(pa.string())  # what was changed, or why it was left out
+SCHEMA = pa.schema(COLUMNS)
+SHARE = 2500  # records for which a process more pays
 
 
-class Unusable(ValueError):
+class UserError(ValueError):
+    """What the user can mend: a wrong value, file, model or disk. `everywhere`: every rank raises it."""
+
+    def __init__(self, message: str, everywhere: bool = True):
+        super().__init__(message)
+        self.everywhere = everywhere
+
+
+class Unusable(Exception):
     """A record that is left out and counted, with the reason."""
 
 
 # ---------------------------------------------------------------------------- records
-def split_revision(name: str) -> tuple[str, str | None]:
-    """(NAME, REVISION) of a hub name that may pin one, NAME@REVISION; an existing path is taken as it is."""
-    if os.path.exists(name) or "@" not in name:
-        return name, None
-    before, revision = name.rsplit("@", 1)
-    return before, revision
-
-
-def read_records(source: str, split: str = "train"):
-    """(where, record) of each record of a data set: a dict, and "file:line" or "name[i]" for messages.
+def read_records(source: str):
+    """The records of a data set, a memory-mapped `datasets.Dataset`; of a .jsonl file its lines, as `text`.
 
     Args:
-        source: a .jsonl, .json, .parquet or .arrow file, a local folder, or a hub id; NAME@REVISION:SPLIT.
-        split: the split where `source` names none.
+        source: a local file (FORMATS, also .gz) or folder, or a data set of the hub: NAME, NAME:SPLIT or
+            NAME:CONFIG:SPLIT. The split is "train" where none is named.
     Raises:
-        ValueError: no such file, data set or split, or a line that is no JSON object.
+        UserError: no such file, data set, configuration or split.
     """
-    name = source
-    if not os.path.exists(source) and ":" in source:
-        name, split = source.split(":", 1)
-    name, revision = split_revision(name)
-    reader = FORMATS.get(os.path.splitext(name)[1])
-    if os.path.isfile(name):
-        if reader is None:
-            raise ValueError(f"data set {name!r}: the file must end in one of {', '.join(FORMATS)}")
-    elif not os.path.isdir(name) and (reader or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name)):
-        raise ValueError(f"data set {name!r}: no such file or folder, and no hub id (OWNER/NAME)")
-    if source.endswith(".jsonl"):
-        yield from read_jsonl(source)
-        return
-    import datasets  # slow to import, and JSONL needs none of it
+    import datasets  # takes a second: only where data is read
 
-    try:
-        files = name if reader else None
-        table = datasets.load_dataset(reader or name, data_files=files, split=split, revision=revision)
-    except Exception as error:  # the library raises many kinds; the cause tells more
-        reason = str(error.__cause__ or error) or f"nothing to read ({type(error).__name__})"
-        raise ValueError(f"data set {name!r}, split {split!r}: {reason.splitlines()[0]}") from None
-    for i, record in enumerate(table):
-        yield f"{name}[{i}]", record
+    # At each colon but those of a slice, as in train[:100].
+    name, *where = [source] if os.path.exists(source) else re.split(r":(?![^\[]*\])", source)
+    *config, split = where or ["train"]
+    reader = FORMATS.get(Path(name.removesuffix(".gz")).suffix)
+    if len(config) > 1 or (os.path.isfile(name) and reader is None):
+        endings = ", ".join(FORMATS)
+        raise UserError(f"data set {source!r}: files end in {endings}; others are NAME:CONFIG:SPLIT at most")
+    cache, options = Path(datasets.config.HF_DATASETS_CACHE), {"split": split}
+    if reader and os.path.isfile(name):  # its content, not its time, tells which copy in the cache is its own
+        with open(name, "rb") as file:
+            cache /= hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    if reader:
+        options["data_files"] = name
+    if reader == "text":  # a byte that is no UTF-8 becomes \xff, which is no JSON: only its line is left out
+        options |= {"encoding": "utf-8-sig", "encoding_errors": "backslashreplace"}
+    with hub_errors("data set", source):
+        return datasets.load_dataset(reader or name, *config, cache_dir=str(cache), **options)
 
 
-def read_jsonl(path: str):
-    """(where, record) of each line of a JSON-lines file, but for blank ones. ValueError names a bad line."""
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}:{number}: not JSON: {error}") from None
-            if not isinstance(record, dict):
-                raise ValueError(f"{path}:{number}: a JSON object is needed, not {type(record).__name__}")
-            yield f"{path}:{number}", record
-
-
-def to_messages(value, field: str, role: str) -> list[dict]:
-    """A field as messages: text becomes one message of `role`; a list of messages is checked."""
-    if value is None:
-        raise Unusable(f"no field {field!r}")
-    if isinstance(value, str):
-        return [{"role": role, "content": value}]
-    if not isinstance(value, list):
-        raise ValueError(f"{field}: text or a list of messages is needed, not {type(value).__name__}")
+def to_messages(value, role: str, transcript: bool = True) -> list[dict]:
+    """A field as messages {"role", "content"}: from a text of `role`, a transcript, or a list of messages."""
+    if isinstance(value, str) and transcript and TRANSCRIPT.match(value):
+        _, *turns = re.split(r"(?:^\s*|\n\n)(Human|Assistant): ?", value)
+        value = [{"role": who, "content": text} for who, text in zip(turns[::2], turns[1::2], strict=True)]
+    elif isinstance(value, str):
+        value = [{"role": role, "content": value}]
     messages = []
-    for message in value:
-        given = message if isinstance(message, dict) else {}
-        name, content = given.get("role", given.get("from")), given.get("content", given.get("value"))
-        if not (isinstance(name, str) and name in ROLES and isinstance(content, str)):
-            needed = f"a message needs a role ({', '.join(ROLES)}) and a text as content"
-            raise ValueError(f"{field}: {needed}, got {message!r:.80}")
-        messages.append({"role": ROLES[name], "content": content})
+    for given in [] if value is None else value if isinstance(value, list) else [value]:
+        given = given if isinstance(given, dict) else {}
+        who = str(given.get("role") or given.get("from")).lower()
+        content = given.get("value") if given.get("content") is None else given["content"]
+        if isinstance(content, list) and all(part["type"] == "text" for part in content):
+            content = "".join(part["text"] for part in content)
+        odd = [field for field in NOT_TEXT if given.get(field)]
+        if odd or who not in ROLES or not isinstance(content, str):
+            raise Unusable(f"a message with {odd[0]}" if odd else f"a message of role {who:.20}, or no text")
+        messages.append({"role": ROLES[who], "content": content})
     return messages
 
 
-def dialogue(text: str) -> list[dict] | str:
-    """HH-RLHF's "\\n\\nHuman: … \\n\\nAssistant: …" as messages; other text as it is."""
-    before, *turns = re.split(r"(?:^|\n\n)(Human|Assistant): ?", text)
-    if before or not turns:
-        return text
-    roles = {"Human": "user", "Assistant": "assistant"}
-    pairs = zip(turns[::2], turns[1::2], strict=True)
-    return [{"role": roles[name], "content": content} for name, content in pairs]
+def join(*parts: list[dict]) -> list[dict]:
+    """One conversation of parts that may repeat each other; the system speaks first, in one message."""
+    talk: list[dict] = []
+    system = dict.fromkeys(m["content"] for part in parts for m in part if m["role"] == "system")
+    for part in parts:
+        new = [message for message in part if message["role"] != "system"]
+        said, saying = ([(m["role"], m["content"].strip()) for m in some] for some in (talk, new))
+        if any(saying[i : i + len(said)] == said for i in range(len(new))):
+            talk = new  # the part says all of it again
+        else:  # the part may begin with what was said last
+            again = next(n for n in range(len(new), -1, -1) if said[max(0, len(said) - n) :] == saying[:n])
+            talk = talk + new[again:]
+    return ([{"role": "system", "content": "\n\n".join(system)}] if system else []) + talk
 
 
-def to_pair(record: dict) -> list[list[dict]]:
-    """[chosen, rejected] of a record: two conversations that differ in their last turn, the assistant's.
+def to_pair(record: dict, names=("chosen", "rejected")) -> tuple[list[dict], list[dict]]:
+    """(prompt, the response of each of `names`), as messages.
 
-    Their common start is the prompt: in the two fields themselves (UltraFeedback, HH-RLHF), else the field
-    `prompt`, text or messages.
+    The prompt is everything that precedes the response, wherever the record says it: in `system`, in `prompt`
+    (text, messages or a transcript), or in the fields of the responses (UltraFeedback, HH-RLHF).
     """
-    sides = []
-    for name in ("chosen", "rejected"):
-        value = record.get(name)
-        if isinstance(value, str) and record.get("prompt") is None:
-            value = dialogue(value)
-        messages = to_messages(value, name, "assistant")
-        if not messages or messages[-1]["role"] != "assistant":
-            raise Unusable(f"{name} does not end with the assistant's turn")
-        sides.append(messages)
-    if sides[0][:-1] != sides[1][:-1]:
+    prompt = to_messages(record.get("prompt") or None, "user")
+    # A response that reads like a transcript is one only where the prompt is one, or is missing.
+    transcript = not prompt or (isinstance(record["prompt"], str) and TRANSCRIPT.match(record["prompt"]))
+    if prompt and prompt[-1]["role"] == "assistant" and not prompt[-1]["content"].strip():
+        prompt.pop()  # "Assistant:", at a transcript's end
+    sides = [to_messages(record.get(name), "assistant", bool(transcript)) for name in names]
+    for name, side in zip(names, sides, strict=True):
+        if not side or side[-1]["role"] != "assistant":
+            raise Unusable(f"{name} does not end with the assistant's turn" if side else f"no field {name!r}")
+    if any(side[:-1] != sides[0][:-1] for side in sides):
         raise Unusable("chosen and rejected answer different prompts")
-    prompt = sides[0][:-1] or to_messages(record.get("prompt"), "prompt", "user")
+    prompt = join(to_messages(record.get("system") or None, "system"), prompt, sides[0][:-1])
     if not any(message["content"].strip() for message in prompt):
         raise Unusable("prompt is empty")
-    return [[*prompt, side[-1]] for side in sides]
+    if prompt[-1]["role"] == "assistant":
+        raise Unusable("the prompt ends with the assistant's turn")
+    return prompt, [side[-1] for side in sides]
 
 
 def to_conversation(record: dict) -> list[dict]:
-    """A record for SFT as messages: a preference record's chosen side, `messages`, or prompt and response."""
-    if record.get("chosen") is not None:
-        return to_pair({**record, "rejected": record["chosen"]})[0]
-    if record.get("messages") is not None:
-        messages = to_messages(record["messages"], "messages", "user")
+    """A record for SFT as messages: a preference's chosen side, `messages`, or prompt and response."""
+    if record.get("chosen") is None and record.get("messages") is not None:
+        system = to_messages(record.get("system") or None, "system")
+        messages = join(system, to_messages(record["messages"], "user"))
     else:
-        field = "completion" if record.get("completion") is not None else "response"
-        messages = to_messages(record.get("prompt"), "prompt", "user")
-        messages += to_messages(record.get(field), field, "assistant")
-    roles = [message["role"] for message in messages]
-    if "assistant" not in roles or roles[0] == "assistant":
+        names = [name for name in ("chosen", "completion") if record.get(name) is not None]
+        prompt, answers = to_pair(record, (names or ["response"])[:1])
+        messages = prompt + answers
+    while messages and messages[-1]["role"] != "assistant":  # nothing answers it
+        messages.pop()
+    if not messages or messages[0]["role"] == "assistant":
         raise Unusable("no assistant's turn that answers something")
     return messages
 
 
 # ---------------------------------------------------------------------------- tokens
-class Renderer:
-    """Chat messages to pieces of token ids, by the tokenizer's chat template; it gets one where it has none.
+def common(*rows: list[int]) -> int:
+    """How many tokens all rows begin with alike."""
+    columns = enumerate(zip(*rows, strict=False))
+    return next((i for i, column in columns if len(set(column)) > 1), min(map(len, rows)))
 
-    A prompt is tokenised as servers do it, special tokens in its text included; BOS stands once, at its head.
-    A response is plain text (a "<eos>" written in it stays text), and is ended once: by the special token
-    that the template puts behind an assistant's turn, else by EOS.
+
+class Chat:
+    """A tokenizer and its chat template: messages -> exactly the token ids that the template writes.
+
+    Nothing is tokenised alone, stripped or spelled out: prompt and response are parts of one conversation.
+
+    Args:
+        chat_format: what a tokenizer without a template gets. "auto": Gemma's turns if it has their tokens,
+            else the Halos format; "halos": that in any case.
+    Attributes:
+        end: the token that ends the assistant's turn.
+        appends_end: whether it is EOS, appended, since the template ends no turn.
     """
 
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer, chat_format: str = "auto"):
         if tokenizer.chat_template is None:
-            gemma = "<start_of_turn>" in tokenizer.get_vocab()
-            tokenizer.chat_template = GEMMA_TURNS if gemma else PLAIN_TURNS
+            gemma = chat_format == "auto" and "<start_of_turn>" in tokenizer.get_vocab()
+            tokenizer.chat_template = GEMMA_TURNS if gemma else HALOS_TURNS
+        if chat_format != "auto" and tokenizer.chat_template != HALOS_TURNS:
+            raise UserError(f"chat_format {chat_format!r}: the tokenizer has a chat template of its own")
+        special = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        special.pop(tokenizer.unk_token_id, None)
+        self.typed = re.compile("|".join(map(re.escape, special.values())) or "(?!)")
+        self.tokenizer, self.special, self.keeps_system = tokenizer, set(special), True
+        user, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
         try:
-            self.text([{"role": "system", "content": "a"}, {"role": "user", "content": "b"}])
-            self.folds_system = False
-        except Unusable:  # Gemma's template refuses a system turn: it goes before the user's text
-            self.folds_system = True
-        text = self.text([{"role": "user", "content": "a"}, {"role": "assistant", "content": "\x00"}])
-        behind = tokenizer(text.rpartition("\x00")[2], add_special_tokens=False).input_ids
-        ends = [token for token in behind if token in tokenizer.added_tokens_decoder]
-        self.end = ends[0] if ends else tokenizer.eos_token_id
+            asked, whole = self.ids([user], ask=True), self.ids([user, answer])
+        except Exception as error:
+            raise UserError(f"the tokenizer's chat template does not work: {error}") from error
+        ends = [token for token in whole[common(asked, whole) :] if token in special]
+        self.appends_end, self.end = not ends, ends[-1] if ends else tokenizer.eos_token_id
         if self.end is None:
-            raise ValueError("the tokenizer has no EOS, its chat template no end of an assistant's turn")
-        self.end_text = tokenizer.convert_ids_to_tokens(self.end) if ends else ""
-        # A tokenizer that puts BOS first by itself expects it, also where its template leaves it out.
-        opening = tokenizer(text, add_special_tokens=False).input_ids[:1] + tokenizer("a").input_ids[:1]
-        self.head = [tokenizer.bos_token_id] if tokenizer.bos_token_id in opening else []
+            raise UserError("the tokenizer has no EOS, its chat template no end of an assistant's turn")
+        try:  # a template may write the system's message, refuse it, or skip it
+            one, other = (self.ids([{"role": "system", "content": text}, user], ask=True) for text in "cd")
+            self.keeps_system = one != other
+        except TemplateError:
+            self.keeps_system = False
 
-    def text(self, messages: list[dict], **options) -> str:
-        """The template's text. Raises Unusable where the template refuses the messages."""
+    def ids(self, messages: list[dict], ask: bool = False) -> list[int]:
+        """Token ids of a conversation; `ask`: also of what opens the assistant's answer, for sampling."""
+        if messages[0]["role"] == "system" and not self.keeps_system:  # it goes before the user's text
+            asked = messages[1:2] if messages[1:] and messages[1]["role"] == "user" else []
+            text = "\n\n".join(message["content"] for message in [messages[0], *asked])
+            messages = [{"role": "user", "content": text}, *messages[1 + len(asked) :]]
+        quiet = {"return_dict": False, "tokenizer_kwargs": {"verbose": False}}
+        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=ask, **quiet)
+
+    def pair(self, prompt: list[dict], answers: list[dict]) -> tuple[list[int], list[list[int]], list[int]]:
+        """(prompt, each answer's response, what the template adds to the prompt to open an answer), as ids.
+
+        The prompt is the longest start that the conversations share with the prompt's own rendering: all of
+        it, unless the template opens an answer in another way than it writes one (with "<think>"). A response
+        is the rest up to the last special token in it, which ends the turn.
+        """
+        asked, wholes = self.ids(prompt, ask=True), [self.ids([*prompt, answer]) for answer in answers]
+        n, responses = common(asked, *wholes), []
+        # All that was said must be shared, but for its last token, which may merge with what follows.
+        if n < len(asked) and n + 1 < len(self.ids(prompt)):
+            raise Unusable("the chat template rewrites the prompt when it is answered")
+        for ids in wholes:
+            ends = [i for i in range(n, len(ids)) if ids[i] in self.special and not self.appends_end]
+            responses.append(ids[n : ends[-1] + 1] if ends else ids[n:])
+        return asked[:n], responses, asked[n:]
+
+    def conversation(self, messages: list[dict], notes: list[str]):
+        """SFT's (prompt, the rest, which of it are answers, what the template adds to the prompt), as ids.
+
+        An answer is learnt if the ids of the conversation up to it are a start of the whole's.
+        """
+        answers = [i for i, message in enumerate(messages) if i and message["role"] == "assistant"]
+        turns = [self.pair(messages[:i], messages[i : i + 1]) for i in answers]
+        whole = turns[-1][0] + turns[-1][1][0]
+        kept = [(len(x), len(y), opening) for x, (y,), opening in turns if x + y == whole[: len(x) + len(y)]]
+        if len(kept) < len(turns):
+            notes.append("earlier answers not learnt: the chat template rewrites them")
+        is_target = [int(any(0 <= i - x < y for x, y, _ in kept)) for i in range(len(whole))]
+        start, _, opening = kept[0]
+        return whole[:start], whole[start:], is_target[start:], opening
+
+
+def encode(record: dict, chat: Chat, sft: bool, max_length: int, max_prompt_length: int) -> dict:
+    """A record as a row of SCHEMA; Unusable, with the reason, where it must be left out."""
+    if record.keys() == {"text"}:  # a line of a .jsonl file
+        if not record["text"].strip():
+            return {}
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
-        except TemplateError as error:
-            raise Unusable(f"the chat template refuses it: {error}") from None
+            record = json.loads(record["text"])
+        except (ValueError, RecursionError):
+            raise Unusable("not JSON") from None
+    if not isinstance(record, dict) or any(record.get(field) for field in MEDIA):
+        raise Unusable("not a record of texts alone")
+    notes, is_target = [], None
+    if sft:
+        messages = to_conversation(record)
+        prompt, chosen, is_target, opening = chat.conversation(messages, notes)
+        sides = [chosen]
+    else:
+        asked, answers = to_pair(record)
+        messages = asked + answers
+        prompt, sides, opening = chat.pair(asked, answers)
+    if any(chat.typed.search(message["content"]) for message in messages):
+        notes.append("special tokens typed in a text")
+    if chat.appends_end:
+        sides = [[*side, chat.end] for side in sides]
+        notes.append("EOS appended: the chat template ends no turn")
+    # As the authors cut: nothing while both fit, else the prompt (ours: its beginning), then the responses.
+    longest = max(map(len, sides))
+    if len(prompt) + longest > max_length and len(prompt) > max_prompt_length:
+        bos = [token for token in prompt[:1] if token == chat.tokenizer.bos_token_id]
+        prompt = bos + prompt[len(prompt) - max_prompt_length + len(bos) :]
+        notes.append("prompt cut")
+    room = max_length - len(prompt)
+    if longest > room:
+        notes.append("response cut")
+    chosen, *rejected = [side[:room] for side in sides]
+    if not prompt or rejected == [chosen]:
+        raise Unusable("identical responses" if prompt else "prompt is empty")
+    is_target = ([1] * len(chosen) if is_target is None else [*is_target, 1])[
+        : len(chosen)
+    ]  # 1: EOS, if appended
+    values = (prompt, chosen, rejected[0] if rejected else [], is_target, opening, notes)
+    return dict(zip(COLUMNS, values, strict=True))
 
-    def fold_system(self, messages: list[dict]) -> list[dict]:
-        """The messages, a leading system turn joined to the user's where the template knows no such role."""
-        if not self.folds_system or messages[0]["role"] != "system":
-            return messages
-        asked = messages[1:2] if messages[1:] and messages[1]["role"] == "user" else []
-        text = "\n\n".join(message["content"] for message in [messages[0], *asked])
-        return [{"role": "user", "content": text}, *messages[1 + len(asked) :]]
 
-    def pieces(self, messages: list[dict], *, last_only: bool = False) -> list[tuple[str, bool]]:
-        """[(text, is response)]: what precedes an assistant's turn (each, or the last), and it, by turns."""
-        messages, pieces, seen = self.fold_system(messages), [], ""
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant" or (last_only and i + 1 < len(messages)):
-                continue
-            before, whole = self.text(messages[:i], add_generation_prompt=True), self.text(messages[: i + 1])
-            if not (before.startswith(seen) and whole.startswith(before)):
-                raise ValueError("the chat template rewrites earlier turns: no telling prompt from response")
-            turn = whole[len(before) :]
-            turn = turn[: turn.rindex(self.end_text)] if self.end_text else turn
-            pieces += [(before[len(seen) :], False), (turn, True)]
-            seen = before + turn + self.end_text
-        return pieces
-
-    def encode(self, pieces: list[tuple[str, bool]]) -> list[list[int]]:
-        """Token ids of each piece: responses with their end, others without BOS (unless it is the end)."""
-        ids: list = [None] * len(pieces)
-        dropped = set(self.head) - {self.end}
-        for response in (False, True):  # special tokens written in a response are split
-            at = [i for i, piece in enumerate(pieces) if piece[1] == response]
-            # A lone surrogate can't be encoded: it becomes U+FFFD, as in any decoder.
-            texts = [pieces[i][0].encode("utf-16", "surrogatepass").decode("utf-16", "replace") for i in at]
-            options = {"add_special_tokens": False, "split_special_tokens": response, "verbose": False}
-            rows = self.tokenizer(texts, **options).input_ids if texts else []
-            for i, row in zip(at, rows, strict=True):
-                ids[i] = [*row, self.end] if response else [token for token in row if token not in dropped]
-        return ids
+def tokenise(batch, **options) -> pa.Table:
+    """Records, by columns, as rows of SCHEMA. An odd one is left out, and leaves its reason."""
+    rows = []
+    for record in zip(*batch.values(), strict=True):
+        try:
+            rows.append(encode(dict(zip(batch, record, strict=True)), **options))
+        except Exception as error:
+            what = error if isinstance(error, (Unusable, TemplateError)) else type(error).__name__
+            rows.append({"notes": [f"left out: {what!s:.100}"]})
+    return pa.Table.from_pylist(rows, schema=SCHEMA)
 
 
 class Pairs:
-    """Tokenised pairs in flat storage: 5 bytes a token, however many there are.
+    """Tokenised pairs. Their tokens stay on disk, memory-mapped: one copy serves all ranks.
 
+    Args:
+        rows: a table of SCHEMA; or of each pair (prompt, chosen, rejected), lists of token ids, with the
+            target mask of chosen as a fourth where it has one.
     Attributes:
-        tokens: (total,) int32, the pairs one after the other, each as prompt, chosen, rejected.
-        is_target: (total,) bool, what a loss is taken over: responses, but not the user turns within an SFT
-            conversation.
-        bounds: (n, 4) int64, where prompt, chosen and rejected (empty in SFT) start, and where the pair ends.
-        notes: Counter of what was cut or left out, by reason.
+        sizes: (n, 3) int64, tokens of prompt, chosen and rejected (0 in SFT).
+        notes: Counter of what was changed or left out, by reason.
     """
 
     def __init__(self, rows, notes=None):
-        """rows: of each pair prompt, chosen, rejected token ids and (optional) the responses' target mask."""
-        tokens, marks, sizes = [], [], []
-        for prompt, chosen, rejected, *mask in rows:
-            tokens.append(torch.tensor([*prompt, *chosen, *rejected], dtype=torch.int32))
-            mask = mask[0] if mask else [True] * (len(chosen) + len(rejected))
-            marks.append(torch.tensor([False] * len(prompt) + mask))
-            sizes.append((len(prompt), len(chosen), len(rejected)))
-        ends = torch.tensor(sizes).flatten().cumsum(0).view(-1, 3)
-        starts = torch.cat([torch.zeros(1, dtype=torch.int64), ends[:-1, 2]])
-        self.tokens, self.is_target = torch.cat(tokens), torch.cat(marks)
-        self.bounds, self.notes = torch.cat([starts[:, None], ends], 1), Counter(notes)
+        if not isinstance(rows, pa.Table):
+            full = [(x, w, l, list(map(int, mask[0])) if mask else [1] * len(w)) for x, w, l, *mask in rows]
+            rows = [dict(zip(COLUMNS, row, strict=False)) for row in full]
+            rows = pa.Table.from_pylist(rows, schema=SCHEMA)
+        lengths = [compute.fill_null(compute.list_value_length(rows[part]), 0) for part in PARTS]
+        sizes = torch.tensor(np.stack([column.to_numpy() for column in lengths], 1)).long()
+        self.kept = sizes[:, 0].nonzero()[:, 0].tolist()  # (n,) a record that was left out has no prompt
+        self.table, self.sizes = rows, sizes[self.kept]
+        self.notes = Counter(compute.list_flatten(rows["notes"]).to_pylist()) + Counter(notes)
 
     def __len__(self) -> int:
-        return len(self.bounds)
+        return len(self.kept)
 
-    def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def read(self, i: int, column: str) -> torch.Tensor:
+        """One pair's list in a column, int64: about 5 µs, wherever it stands."""
+        values = self.table[column][self.kept[i]].values
+        return torch.from_numpy(values.to_numpy().astype(np.int64)) if values else torch.empty(0).long()
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, ...]:
         """(prompt, chosen, rejected), token ids."""
-        a, b, c, d = self.bounds[i].tolist()
-        return self.tokens[a:b], self.tokens[b:c], self.tokens[c:d]
+        return tuple(self.read(i, part) for part in PARTS)
 
-    def row_lengths(self, layout: str) -> torch.Tensor:
-        """(n,) tokens that a pair takes: of its one row (shared), or of its two rows padded to one length."""
-        prompt, chosen, rejected = self.bounds.diff(dim=1).unbind(1)
-        if layout == "shared":
-            return prompt + chosen + rejected
-        return torch.where(rejected > 0, 2, 1) * (prompt + torch.maximum(chosen, rejected))
+    def sampling_prompt(self, i: int) -> torch.Tensor:
+        """The prompt as the template renders it for sampling, the answer opened."""
+        return torch.cat([self.read(i, "prompt"), self.read(i, "opening")])
+
+    def row_lengths(self, layout: str, multiple: int = 1) -> torch.Tensor:
+        """(n,) tokens that a pair takes in rows padded to a `multiple`: in one row (shared), or in two."""
+        prompt, chosen, rejected = self.sizes.unbind(1)
+        shared = layout == "shared"
+        row = prompt + (chosen + rejected if shared else torch.maximum(chosen, rejected))
+        return (row + multiple - 1) // multiple * multiple * torch.where(shared | (rejected == 0), 1, 2)
+
+    def largest_token(self) -> int:
+        """The largest token id."""
+        return max(compute.max(compute.list_flatten(self.table[part])).as_py() or 0 for part in PARTS)
 
     def digest(self) -> str:
-        """sha256 of tokens, targets and bounds: the data's part of a reference cache's identity."""
-        digest = hashlib.sha256()
-        for part in (self.tokens, self.is_target, self.bounds):
-            digest.update(part.numpy().data)
-        return digest.hexdigest()
+        """sha256 of tokens, targets and sizes: the data's part of a reference cache's identity."""
+        total = hashlib.sha256(self.sizes.numpy().data)
+        for column in (*PARTS, "is_target"):
+            for chunk in self.table[column].chunks:  # however a file is divided, its bytes follow each other
+                total.update(chunk.flatten().to_numpy())
+        return total.hexdigest()
 
 
 def load_pairs(
-    source: str, tokenizer, *, max_length=1024, max_prompt_length=512, sft=False, progress=False
+    source: str, tokenizer, *, max_length=1024, max_prompt_length=512, sft=False, chat_format="auto"
 ) -> Pairs:
-    """Read and tokenise a data set.
+    """Read and tokenise a data set, in parallel. The result stays on disk, for later runs and other ranks.
 
-    Too long a pair loses the beginning of its prompt first (BOS stays): what is over `max_prompt_length`, and
-    what its longer response (SFT: the first answer) needs, down to `LEAST_PROMPT` tokens; only then the ends
-    of its responses. At least one response token always remains. Unusable records are left out, and counted
-    in `.notes` by reason.
+    A pair that is too long is cut as the authors cut it: nothing while prompt and longer response fit
+    `max_length`; else the prompt to `max_prompt_length` (its beginning goes, BOS stays), then the responses.
 
     Args:
         source: see `read_records`.
         max_length, max_prompt_length: tokens of prompt and one response, and of the prompt.
-        sft: one response per record; of a conversation, every assistant turn.
+        sft: one response per record; of a conversation, every assistant's turn.
+        chat_format: see `Chat`.
     Raises:
-        ValueError: what can't be read, by file, line and field; no usable record.
+        UserError: nothing can be read, or more than half of the records are left out.
     """
+    import datasets
+
     if not 0 < max_prompt_length < max_length:
-        raise ValueError(
-            f"max_prompt_length {max_prompt_length}: must be at least 1, and below max_length {max_length}"
+        need = f"must be at least 1, and below max_length {max_length}"
+        raise UserError(f"max_prompt_length {max_prompt_length}: {need}")
+    chat = Chat(tokenizer, chat_format)
+    options = {"sft": sft, "max_length": max_length, "max_prompt_length": max_prompt_length}
+    datasets.disable_progress_bars()
+    with rank_0_first():
+        records = read_records(source)
+        # All that the tokens depend on. What `datasets` would hash of a tokenizer differs from run to run.
+        vocabulary = getattr(tokenizer, "backend_tokenizer", None)
+        vocabulary = vocabulary.to_str() if vocabulary else sorted(tokenizer.get_vocab().items())
+        parts = [vocabulary, tokenizer.special_tokens_map, tokenizer.chat_template, options]
+        parts += [records._fingerprint, Path(__file__).read_text()]
+        workers = min(os.cpu_count() or 1, len(records) // SHARE)
+        if workers > 1 and ranks()[0] == 0:
+            datasets.enable_progress_bars()
+        table = records.map(
+            functools.partial(tokenise, chat=chat, **options),
+            batched=True,
+            remove_columns=records.column_names,
+            features=datasets.Features.from_arrow_schema(SCHEMA),
+            num_proc=workers if workers > 1 else None,
+            new_fingerprint=hashlib.sha256(repr(parts).encode()).hexdigest()[:32],
+            desc="tokenising",
         )
-    notes: Counter[str] = Counter()
-    records = tqdm(read_records(source), desc="tokenising", unit=" records", disable=not progress)
-    rows = _rows(iter(records), Renderer(tokenizer), sft, (max_length, max_prompt_length), notes)
-    first = next(rows, None)
-    if first is None:
-        reasons = ", ".join(f"{reason} ({count})" for reason, count in notes.items())
-        raise ValueError(f"data set {source!r}: no usable record; {reasons or 'it is empty'}")
-    return Pairs(chain([first], rows), notes)
-
-
-def _rows(records, renderer, sft, limits, notes):
-    """(prompt, chosen, rejected, target mask) of each usable record; `notes` counts all that is changed."""
-    while chunk := list(islice(records, CHUNK)):
-        usable = []
-        for where, record in chunk:
-            try:
-                usable.append(_shortened(_pieces(renderer, record, sft), limits))
-            except Unusable as reason:
-                notes[f"left out: {reason}"] += 1
-            except Exception as error:
-                raise ValueError(f"{where}: {error}") from None
-        ids = iter(renderer.encode([piece for pieces in usable for piece in pieces]))
-        for pieces in usable:
-            prompt, *parts = islice(ids, len(pieces))
-            prompt = prompt if prompt[:1] == renderer.head else renderer.head + prompt
-            # SFT: later user turns stand within the response, and are no targets.
-            mask = [response for part, (_, response) in zip(parts, pieces[1:], strict=True) for _ in part]
-            longest = len(parts[0]) if sft else max(map(len, parts))
-            chosen, rejected = (list(chain(*parts)), []) if sft else parts
-            prompt, chosen, rejected = _cut(prompt, chosen, rejected, longest, renderer.head, limits, notes)
-            if not prompt or chosen == rejected:
-                notes["left out: " + ("identical responses" if prompt else "prompt is empty")] += 1
-            else:
-                yield prompt, chosen, rejected, mask[: len(chosen) + len(rejected)]
-
-
-def _pieces(renderer, record, sft):
-    """A record's texts: prompt, chosen, rejected; for SFT by turns what stands before an answer, and it."""
-    if sft:
-        return renderer.pieces(to_conversation(record))
-    chosen, rejected = (renderer.pieces(messages, last_only=True) for messages in to_pair(record))
-    return [*chosen, rejected[1]]
-
-
-def _shortened(pieces, limits):
-    """The texts without what `_cut` leaves nothing of: a prompt's far beginning, the others' far end."""
-    most, prompt = (LONGEST_TOKEN * tokens for tokens in limits)
-    (text, response), *others = pieces
-    return [(text[-prompt:], response), *((text[:most], response) for text, response in others)]
-
-
-def _cut(prompt, chosen, rejected, longest, head, limits, notes):
-    """(prompt, chosen, rejected) cut as `load_pairs` says, with room for a response of `longest` tokens."""
-    max_length, max_prompt_length = limits
-    keep = min(max_prompt_length, max(max_length - longest, LEAST_PROMPT))
-    if len(prompt) > keep:
-        head = head[: keep - 1]  # BOS stays
-        prompt = head + prompt[len(prompt) - keep + len(head) :]
-        notes["prompt cut"] += 1
-    room = max_length - len(prompt)
-    if max(len(chosen), len(rejected)) > room:
-        notes["response cut"] += 1
-    return prompt, chosen[:room], rejected[:room]
+    pairs = Pairs(table.data.table)
+    left_out = {note: count for note, count in pairs.notes.items() if note.startswith("left out")}
+    if len(pairs) < max(1, sum(left_out.values())):
+        reasons = "; ".join(f"{note} ({count})" for note, count in left_out.items()) or "it is empty"
+        odd = (i for i, notes in enumerate(table["notes"], 1) if notes and notes[0] in left_out)
+        reasons = f"{reasons:.500}; the first is number {next(odd, 0)}"
+        raise UserError(f"data set {source!r}: {len(pairs)} usable records; {reasons}")
+    return pairs
 
 
 # ---------------------------------------------------------------------------- batches
 @dataclass
 class Batch:
-    """B pairs as rows for the transformer, and their N response tokens, flat, for all that follows it.
+    """B pairs as R rows of L tokens, and their N response tokens, flat. All int64 but `weight`."""
 
-    Attributes:
-        tokens, positions: (R, L) int64. Positions restart at the prompt's end for the rejected response.
-        segment: (R, L) int64, 0 prompt, 1 chosen, 2 rejected, -1 padding.
-        doc: (R, L) int64, which document (prompt and what is behind it) a token is of, -1 padding.
-        state: (N,) int64, which of the R*L positions predicts the token: the one before it; for the first
-            token of a response the prompt's last.
-        target: (N,) int64, the response token itself.
-        owner: (N,) int64, which of the 2B responses it belongs to: first B chosen, then B rejected. Sorted.
-        lengths: (2B,) int64, target tokens of each response (0 for SFT's absent rejected).
-        index: (B,) int64, the pairs' places in the data set.
-        weight: (B,) float32, 1; 0 for a padding pair, which only keeps a rank busy.
-    """
-
-    tokens: torch.Tensor
-    positions: torch.Tensor
-    segment: torch.Tensor
-    doc: torch.Tensor
-    state: torch.Tensor
-    target: torch.Tensor
-    owner: torch.Tensor
-    lengths: torch.Tensor
-    index: torch.Tensor
-    weight: torch.Tensor
+    tokens: torch.Tensor  # (R, L)
+    positions: torch.Tensor  # (R, L) restart at the prompt's end for the rejected response
+    segment: torch.Tensor  # (R, L) 0 prompt, 1 chosen, 2 rejected, -1 padding
+    doc: torch.Tensor  # (R, L) the row's number, -1 padding
+    state: torch.Tensor  # (N,) which of the R·L places predicts the token: the one before it
+    target: torch.Tensor  # (N,) the token
+    owner: torch.Tensor  # (N,) which of the 2B responses it belongs to: B chosen, then B rejected; sorted
+    lengths: torch.Tensor  # (2B,) targets of each response (0 for SFT's rejected)
+    index: torch.Tensor  # (B,) the pairs' places in the data set
+    weight: torch.Tensor  # (B,) float32, 1; 0 for a padding pair, which only keeps a rank busy
 
     def to(self, device, non_blocking=True) -> "Batch":
         """This batch on a device; from pinned memory without waiting for the copy."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return Batch(**{name: x.to(device, non_blocking=non_blocking) for name, x in vars(self).items()})
 
     def pin_memory(self) -> "Batch":
         """This batch in page-locked memory (a DataLoader calls it)."""
-        return self._map(torch.Tensor.pin_memory)
-
-    def _map(self, function) -> "Batch":
-        return replace(self, **{field.name: function(getattr(self, field.name)) for field in fields(self)})
+        return Batch(**{name: x.pin_memory() for name, x in vars(self).items()})
 
 
 def collate(
-    pairs: Pairs, indices, *, layout="separate", row_multiple=1, pack_to=0, pad_id=0, padding_pair=False
-) -> Batch:
+    pairs: Pairs, indices, *, layout="separate", row_multiple=1, pad_id=0, padding_pair=False,
+    all_positions=False,
+) -> Batch:  # fmt: skip
     """The Batch of some pairs.
 
     Args:
         indices: which pairs, B of them.
         layout: "shared" or "separate", as in this file's head.
         row_multiple: rows are padded to a multiple of it (flex_attention works in blocks of 128).
-        pack_to: rows take further documents up to this length; 0: one document a row.
         padding_pair: these pairs carry weight 0.
+        all_positions: every token but a row's first is a target, the prompt's too, in separate rows: for the
+            entropy over all positions of prompt and response, in evaluation alone.
     """
-    indices = [int(i) for i in indices]
-    B, documents = len(indices), []
+    indices, pieces, marks, sizes = [int(i) for i in indices], [], [], []
+    B, shared = len(indices), layout == "shared" and not all_positions
     for b, i in enumerate(indices):
-        prompt, chosen, rejected = pairs[i]
-        marks = pairs.is_target[pairs.bounds[i, 1] : pairs.bounds[i, 3]].split([len(chosen), len(rejected)])
-        sides = [(1, b, chosen, marks[0]), (2, B + b, rejected, marks[1])]
-        rows = [sides] if layout == "shared" else [[side] for side in sides if len(side[2])]
-        documents += [_document(prompt, row) for row in rows]
-    places = []  # of each document its row, and where it starts there
-    fill: list[int] = []  # of each row its length
-    for document in documents:
-        if not fill or fill[-1] + document.shape[1] > pack_to:
-            fill.append(0)
-        places.append((len(fill) - 1, fill[-1]))
-        fill[-1] += document.shape[1]
-    R, L = len(fill), math.ceil(max(fill) / row_multiple) * row_multiple
-    # token, position, segment, owner, state, doc of every place
-    grid = torch.tensor([pad_id, 0, -1, -1, 0, -1])[:, None, None].repeat(1, R, L)
-    for n, ((r, start), document) in enumerate(zip(places, documents, strict=True)):
-        here = grid[:, r, start : start + document.shape[1]]
-        here[:5], here[5] = document, n
-        here[4] += r * L + start  # from the document's places to those of all rows
-    token, _, _, owner, state, _ = grid.flatten(1)
-    at = owner.argsort(stable=True)[int((owner < 0).sum()) :]  # the targets' places, by owner
+        (prompt, chosen, rejected), is_target = pairs[i], pairs.read(i, "is_target")
+        none = prompt[:0]
+        rows = [(chosen, rejected)] if shared else [(chosen, none), (none, rejected)]
+        for y_w, y_l in rows if len(rejected) else rows[:1]:
+            pieces += [prompt, y_w, y_l]
+            marks += [torch.zeros_like(prompt), is_target[: len(y_w)], torch.ones_like(y_l)]
+            sizes.append((len(prompt), len(y_w), len(y_l), b))
+    # Of each row, (R, 1): the tokens of prompt, chosen and rejected in it, and the pair's place in the batch.
+    P, W, J, pair = torch.tensor(sizes).T[..., None]
+    R, L = len(sizes), math.ceil(int((P + W + J).max()) / row_multiple) * row_multiple
+    row, place = torch.arange(R)[:, None], torch.arange(L)
+    there = place < P + W + J  # (R, L), as all below: False where a row is padding
+    tokens = torch.full((R, L), pad_id).masked_scatter(there, torch.cat(pieces))
+    segment = torch.where(place < P, 0, torch.where(place < P + W, 1, 2)).where(there, -1)
+    positions = torch.where(segment == 2, place - W, place).where(there, 0)
+    # Both first tokens of the responses are predicted by the prompt's last, all others by the one before.
+    before = torch.where((place == P) | (place == P + W), P, place) - 1
+    owner = torch.where((segment == 2) | (W == 0), B + pair, pair)  # a row without chosen is rejected's
+    is_target = torch.zeros(R, L, dtype=torch.int64).masked_scatter(there, torch.cat(marks))
+    at = (there & (place > 0) if all_positions else is_target).flatten().nonzero()[:, 0]
+    at = at[owner.flatten()[at].argsort(stable=True)]  # (N,) the targets' places, by response
+    owner = owner.flatten()[at]
     return Batch(
-        grid[0], grid[1], grid[2], grid[5], state=state[at], target=token[at], owner=owner[at],
-        lengths=owner[at].bincount(minlength=2 * B), index=torch.tensor(indices),
-        weight=torch.full((B,), 0.0 if padding_pair else 1.0),
+        tokens, positions, segment, doc=row.where(there, -1), state=(row * L + before).flatten()[at],
+        target=tokens.flatten()[at], owner=owner, lengths=owner.bincount(minlength=2 * B),
+        index=torch.tensor(indices), weight=torch.full((B,), 0.0 if padding_pair else 1.0),
     )  # fmt: skip
-
-
-def _document(prompt, responses):
-    """(5, n): token, position, segment, owner (-1: no target) and state of a prompt and what is behind it."""
-    P = end = len(prompt)
-    t = torch.arange(P)
-    columns = [torch.stack([prompt, t, torch.zeros_like(t), torch.full_like(t, -1), torch.zeros_like(t)])]
-    for segment, owner, y, is_target in responses:
-        t = torch.arange(len(y))
-        state = torch.where(t == 0, P - 1, end - 1 + t)  # both first tokens follow the prompt's last
-        columns.append(
-            torch.stack([y, P + t, torch.full_like(t, segment), torch.where(is_target, owner, -1), state])
-        )
-        end += len(y)
-    return torch.cat(columns, 1)
 
 
 # ---------------------------------------------------------------------------- steps
@@ -521,3 +555,208 @@ def micro_batches(indices, row_lengths, ranks: int, *, max_pairs=0, max_tokens=0
 def epoch_order(n: int, epoch: int, seed: int) -> torch.Tensor:
     """(n,) the order in which an epoch visits the pairs: a permutation by seed and epoch alone."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+
+
+LOADERS = {"cuda": 1, "cpu": 0}  # processes that make batches ahead
+
+
+def ignore_signals(_):
+    """For a loader's process: torchrun signals a rank's whole group, and the rank itself ends its loader."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def to_device(value, device):
+    """A Batch or tensor, or a (named) tuple of them, on a device; from pinned memory without a wait."""
+    if isinstance(value, tuple):
+        parts = [to_device(part, device) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    return value if value is None else value.to(device, non_blocking=True)
+
+
+def stream(pairs: Pairs, groups, *, device, lookup=None, **rows):
+    """(Batch, the reference's statistics or None) of each micro-batch, on the device, made ahead of its work.
+
+    Args:
+        groups: lists of pair indices; an empty one becomes a padding pair of weight 0.
+        lookup: a function of a batch's `index` that gives tensors, as a (named) tuple.
+        rows: layout and padding, as `collate` takes them.
+    """
+
+    def load(group):
+        batch = collate(pairs, group or [0], padding_pair=not group, **rows)
+        return batch, None if lookup is None else lookup(batch.index)
+
+    workers = LOADERS[kind := torch.device(device).type]
+    loader = DataLoader(
+        groups, batch_size=None, collate_fn=load, pin_memory=kind == "cuda", num_workers=workers,
+        worker_init_fn=ignore_signals, multiprocessing_context="fork" if workers else None,
+    )  # fmt: skip
+    for made in loader:
+        yield to_device(made, device)
+
+
+# ---------------------------------------------------------------------------- ranks
+def ranks() -> tuple[int, int]:
+    """(this process's rank, how many there are); (0, 1) without torch.distributed."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def barrier():
+    """Wait for the other ranks."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+@contextlib.contextmanager
+def rank_0_first():
+    """Rank 0 runs the block alone, then the others do, on errors too."""
+    if ranks()[0] > 0:
+        barrier()
+    try:
+        yield
+    finally:
+        if ranks()[0] == 0:
+            barrier()
+
+
+def lockstep(groups: list[list[int]], device) -> list[list[int]]:
+    """This rank's micro-batches, then empty ones until every rank has as many: no collective hangs."""
+    count = torch.tensor(len(groups), device=device)
+    if dist.is_initialized():
+        dist.all_reduce(count, op=dist.ReduceOp.MAX)
+    return groups + [[] for _ in range(int(count) - len(groups))]
+
+
+def start_processes(device: str | None = None) -> torch.device:
+    """Join torchrun's other processes, by gloo, on CUDA nccl; alone without it. Returns the rank's device."""
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    place = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
+    transformers_logging.disable_progress_bar()  # bars of half a second, one a rank
+    if kind == "cuda":
+        torch.cuda.set_device(place)
+        torch._dynamo.config.recompile_limit = 64  # flex_attention: past it shapes run unfused, in silence
+    if "RANK" in os.environ and not dist.is_initialized():
+        store, rank, world = next(dist.rendezvous("env://"))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # one torchrun, which may start its ranks again:
+            # they would find the dead ones' addresses in the store that it keeps (pytorch/pytorch#135712)
+            store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        options = {"store": store, "rank": rank, "world_size": world}
+        options["device_id"] = place if kind == "cuda" else None
+        patience = timedelta(hours=2)  # a rank may wait for a download, a slow disk, another run's cache
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=patience, **options)
+    return place
+
+
+# ---------------------------------------------------------------------------- files
+def run_script(main):
+    """Run a script's main(). A UserError ends it with one line on stderr and status 2: no traceback."""
+    try:
+        main()
+    except UserError as error:
+        rank = int(os.environ.get("RANK", 0))
+        if rank == 0 or not error.everywhere:
+            tqdm.write(f"error (rank {rank}): {error}" if rank else f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+@contextlib.contextmanager
+def writing(path, keep: bool = False):
+    """Name the path where a write fails. Unless `keep`, what was begun is removed: it may fill the disk."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if not keep:
+            shutil.rmtree(path) if os.path.isdir(path) else Path(path).unlink(missing_ok=True)
+        raise UserError(f"{path}: {error}", everywhere=False) from error
+
+
+def write_text(path, text: str):
+    """Write a file aside and rename it: a reader sees the old one or the new one."""
+    aside = Path(f"{path}.{os.getpid()}.tmp")
+    with writing(aside):
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_text(text)
+    aside.replace(path)
+
+
+def write_json(path, value):
+    """Write JSON as `write_text` does."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def hold(folder, wait: bool = False):
+    """Hold a folder alone, until the returned lock is released (it is a context) or the process ends.
+
+    wait: for another process that holds it; else that is a UserError. A killed torchrun leaves its ranks at
+    work: a run started again would write over theirs.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    lock = FileLock(Path(folder) / "lock", is_singleton=True)  # of one process: runs may follow each other
+    try:
+        return lock.acquire(timeout=0)
+    except Timeout:
+        if not wait:
+            busy = f"{folder}: another process writes there; end it, or choose another folder"
+            raise UserError(busy, everywhere=False) from None
+    print(f"{folder}: another process works there; waiting for it", flush=True)
+    return lock.acquire()
+
+
+def check_output(flag: str, path, *, folder: bool):
+    """UserError where nothing can be written at `path`: before the work, not after it."""
+    place = Path(path).absolute()
+    there = next(p for p in (place, *place.parents) if p.exists())
+    if there == place and there.is_dir() and not folder:
+        raise UserError(f"--{flag} {path}: it is a folder; a file is needed")
+    there = there if folder or there != place else there.parent
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise UserError(f"--{flag} {path}: {there} is no folder that can be written")
+
+
+def hardware() -> str:
+    """What this runs on, in words."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
+    return f"{os.cpu_count()} CPU cores"
+
+
+def git_commit() -> str:
+    """The commit, with a + where files differ from it; "unknown" outside a repository."""
+    words = ["git", "describe", "--always", "--dirty=+", "--exclude", "*"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parent)
+    return done.stdout.strip() or "unknown"
+
+
+def made_by() -> dict:
+    """What a file of results says of its making: command, commit, hardware."""
+    command = shlex.join(["python", *sys.argv])
+    return {"command": command, "commit": git_commit(), "hardware": hardware()}
+
+
+@contextlib.contextmanager
+def hub_errors(what: str, name: str):
+    """Turn the libraries' many errors about a model, tokenizer or data set into a UserError of one line."""
+    try:
+        yield
+    except Exception as error:
+        told = " ".join(f"{error} {error.__cause__ or ''}".split())[:400] or type(error).__name__
+        if not os.path.exists(name) and (name.startswith((".", "/", "runs/")) or name.count("/") > 1):
+            told = "no such file or folder, and a hub name is OWNER/NAME"
+        raise UserError(f"{what} {name!r} can't be loaded: {told}") from error
+
+
+def check_tokenizer(tokenizer, texts):
+    """UserError where a tokenizer loses most of a text: that of a model's folder without its files."""
+    for text in texts:
+        back = tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids)
+        if 2 * (Counter(text) & Counter(back)).total() < len(text):
+            raise UserError(f"the tokenizer reads {text[:40]!r} as {back[:40]!r}: are its files missing?")
+
+
+def load_tokenizer(name: str):
+    """The tokenizer of a Hugging Face directory or repo; UserError where there is none that reads a text."""
+    with hub_errors("tokenizer of", name):
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    check_tokenizer(tokenizer, ["the answer is here"])
+    return tokenizer

@@ -1,80 +1,73 @@
-"""The method: one forward for everything, and from what it says each method's loss.
+"""One forward computes every statistic; `method_loss` turns the statistics into a loss.
 
 Glossary, of B pairs
     symbol        name here                shape      place in the paper
     x, y_w, y_l   prompt, chosen, rejected            Sec. 2
     π_θ, π_ref    policy, reference                   Sec. 2
-    log π(y|x)    logps                    (2B,)      Eq. 7: sum over the response; B chosen, B rejected
+    log π(y|x)    logps                    (2B,)      Eq. 7: sum over the response; B chosen, then B rejected
     |y|           lengths                  (2B,)      Eq. 9: response tokens
-    h             what a SiteHook captures (R, L, d)  Eq. 5: the residual stream as the SAE's layer leaves it
+    h             SiteHook.value           (R, L, d)  Eq. 5: what the SAE reads
     c̄             features                 (2B, m)    Eq. 10: SAE features, mean over the response
     D_FPO         mse                      (2B,)      Eq. 10
     D_TDPO        kl                       (2B,)      Eq. 3: sequential KL(ref ‖ policy)
-    γ_ref, δ      margin, constraint       (B,)       Eq. 8, Table 1
 
-Where each equation is
-    Eq. 3, 4    losses.tdpo1_loss, tdpo2_loss; their KL: losses.sequential_kl, in slices token_statistics
-    Eq. 5       sae.JumpReLUSAE.encode; pooled in slices: pooled_features (both: chunked.py)
-    Eq. 7       losses.dpo_loss
-    Eq. 8       the last line of every loss in losses.py but sft_loss
-    Eq. 9, 11   losses.fpo_loss
-    Eq. 10      losses.feature_mse; over several SAEs layer_mse
-    Sec. 3      Phase 1: offline.build_reference; Phase 2: offline.ReferenceCache.lookup, then method_loss
+Where each equation is: Eqs. 3, 4, 7 to 9, 11 are losses.py's, one function a method; the KL of Eqs. 3, 4 and the
+log π of Eq. 7 come from scale.token_statistics, in slices. Eq. 5: sae.JumpReLUSAE.encode, pooled in slices by
+scale.pooled_features. Eq. 10: losses.feature_mse. Sec. 3: offline.py, then method_loss below.
 
 After the transformer everything works on the N states that predict response tokens: no prompt, no padding,
 and never the logits of all positions.
 """
 
-import signal
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask
-from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 
 import losses
-from chunked import pooled_features, token_statistics
-from data import Batch, Pairs, collate
+from data import Batch, UserError, collate, micro_batches, ranks, stream
 from sae import SiteHook
+from scale import owner_matrix, pooled_features, token_statistics
 
 METHODS = ("sft", "dpo", "simpo", "simpo_kl", "tdpo1", "tdpo2", "fpo")
 CACHED = ("dpo", "fpo")  # the reference is read from Phase 1's cache
-NEEDED = ("tdpo1", "tdpo2", "simpo_kl")  # the model itself stays in memory: a KL needs its distributions
+NEEDED = ("tdpo1", "tdpo2", "simpo_kl")  # the reference stays in memory: a KL needs whole distributions
+PER_TOKEN = ("simpo", "simpo_kl", "fpo")  # the reward is divided by |y|
+
+# Nats a token by which our forward may differ from the model's own: rounding stays ten times below this.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 
 class Statistics(NamedTuple):
-    """What a model says of 2B responses, chosen first, then rejected. Absent parts are None or empty.
+    """What a model says of 2B responses, B chosen and then B rejected. What was not computed is None or empty."""
 
-    Attributes:
-        logps: (2B,) log π(y|x), summed over the response's tokens.
-        lengths: (2B,) response tokens |y|.
-        features: per SAE (2B, m), features averaged over the response's positions.
-        kl: (2B,) sequential KL(ref ‖ policy), where the policy holds a reference.
-        entropy: (2B,) sum over the response's positions of the next-token distribution's entropy, nats.
-    """
-
-    logps: torch.Tensor
-    lengths: torch.Tensor | None = None
-    features: tuple[torch.Tensor, ...] = ()
-    kl: torch.Tensor | None = None
-    entropy: torch.Tensor | None = None
+    logps: torch.Tensor  # (2B,) log π(y|x), summed over the response's tokens
+    lengths: torch.Tensor | None = None  # (2B,) response tokens |y|
+    features: tuple[torch.Tensor, ...] = ()  # per SAE (2B, m), c̄: averaged over the response's positions
+    kl: torch.Tensor | None = None  # (2B,) sequential KL(ref ‖ policy), where the policy holds a reference
+    entropy: torch.Tensor | None = (
+        None  # (2B,) of the next-token distributions, summed over the response, nats
+    )
+    norms: tuple[torch.Tensor, ...] = ()  # per SAE (2B,), ‖h‖² averaged over the response's positions
 
 
 # ---------------------------------------------------------------------------- the transformer's mask
 def attention_mask(batch: Batch, config, dtype):
     """What each token of the rows may see, in the form that the model's layers take.
 
-    Visible is what comes before, in the same document, and is the prompt's or the same response's; on sliding
-    layers only within the window, counted in positions (in a shared row an index says nothing of distance).
+    A token sees what comes before it in the same document, if that belongs to the prompt or to the same
+    response; on sliding layers only within the window. The window is counted in positions: in a shared row
+    the distance between two places says nothing.
 
     Args:
         batch: rows of (R, L).
-        config: the model's; its attention implementation is eager or flex_attention.
+        config: the text model's; its attention implementation is eager or flex_attention.
     Returns:
-        eager: (R, 1, L, L) of `dtype`, added to the scores, so never a boolean. flex_attention: a BlockMask.
-        For models whose layers differ, a dict by layer type.
+        eager: (R, 1, L, L) of `dtype`, which is added to the scores, so it is never boolean. flex_attention: a
+        BlockMask. For models whose layers differ, a dict by layer type.
     """
     doc, segment, position = batch.doc, batch.segment, batch.positions
     R, L = doc.shape
@@ -88,18 +81,21 @@ def attention_mask(batch: Batch, config, dtype):
         if config._attn_implementation == "flex_attention":
             return create_block_mask(visible, R, None, L, L, device=doc.device)
         index = torch.arange(L, device=doc.device)
-        see = visible(torch.arange(R, device=doc.device)[:, None, None], 0, index[:, None], index)
+        see = visible(
+            torch.arange(R, device=doc.device)[:, None, None], 0, index[:, None], index
+        )  # (R, L, L)
         scores = torch.zeros(see.shape, dtype=dtype, device=doc.device)
         return scores.masked_fill_(~see, torch.finfo(dtype).min)[:, None]
 
     window = getattr(config, "sliding_window", None)
-    window = None if window is None or window >= L else window  # no position of a row reaches beyond it
+    if window is not None and window >= L:  # no two positions of a row are that far apart
+        window = None
     layer_types = getattr(config, "layer_types", None)
     if layer_types is None:
         return mask_of(window)
-    full = mask_of(None) if "full_attention" in layer_types or window is None else None
-    alike = lambda kind: kind == "full_attention" or window is None  # noqa: E731
-    return {kind: full if alike(kind) else mask_of(window) for kind in set(layer_types)}
+    full = mask_of(None)
+    sliding = full if window is None else mask_of(window)
+    return {kind: full if kind == "full_attention" else sliding for kind in set(layer_types)}
 
 
 # ---------------------------------------------------------------------------- one forward for everything
@@ -112,30 +108,33 @@ class Policy(nn.Module):
 
     Args:
         lm: a Hugging Face decoder with `model.layers`; eager or flex_attention.
-        saes: JumpReLUSAEs, on lm's device.
+        saes: JumpReLUSAEs, or objects with their `W_enc`, `b_enc`, `threshold`, `d` and `m`, on lm's device.
         sites: (layer, site) of each.
-        k: of D_FPO: promises that features get gradients through it alone, at most 2 k of each response.
     """
 
-    def __init__(self, lm, saes=(), sites=(), k=None):
+    def __init__(self, lm, saes=(), sites=()):
         super().__init__()
-        head = lm.get_output_embeddings()
-        odd = [n for n in ("logit_scale", "logits_scaling") if getattr(lm.config, n, None) not in (None, 1.0)]
-        if head is None or getattr(head, "bias", None) is not None or odd:
-            raise ValueError(f"{type(lm).__name__}: its logits are not states @ weight.T {odd or ''}")
         if lm.config._attn_implementation not in ("eager", "flex_attention"):
-            raise ValueError(f"attention {lm.config._attn_implementation!r}: eager or flex_attention needed")
-        self.lm, self._most = lm, None if k is None else 2 * k
-        self.saes, self.sites = tuple(saes), tuple(sites)
+            raise UserError(
+                f"attention {lm.config._attn_implementation!r}: eager or flex_attention is needed"
+            )
+        head = lm.get_output_embeddings()
+        if not hasattr(lm, "model") or head is None or getattr(head, "bias", None) is not None:
+            raise UserError(f"{type(lm).__name__}: a decoder with `model` and a head without bias is needed")
+        self.lm, self.saes, self.sites = lm, tuple(saes), tuple(sites)
         self._hooks = self._hook(lm)
-        self.reference: tuple = ()  # (lm,): a module in a tuple is not a part of this one
+        # A module in a tuple is not a part of this one: the reference is not trained, saved or wrapped.
+        self.reference: tuple = ()
         self._reference_hooks: tuple[SiteHook, ...] = ()
 
     def _hook(self, lm):
-        hooks = tuple(SiteHook(lm, layer, site) for layer, site in self.sites)
+        try:
+            hooks = tuple(SiteHook(lm, layer, site) for layer, site in self.sites)
+        except ValueError as error:
+            raise UserError(str(error)) from error
         for hook, sae, where in zip(hooks, self.saes, self.sites, strict=True):
             if hook.d != sae.d:
-                raise ValueError(f"the SAE for {where} reads width {sae.d}, the model has {hook.d} there")
+                raise UserError(f"the SAE for {where} reads width {sae.d}, the model has {hook.d} there")
         return hooks
 
     def hold_reference(self, lm):
@@ -147,14 +146,14 @@ class Policy(nn.Module):
 
     def _read(self, lm, hooks, batch):
         """(N, d) final states and, per SAE, (N, d') sites, where response tokens are predicted."""
-        mask = attention_mask(batch, lm.config, lm.dtype)
+        mask = attention_mask(batch, lm.config.get_text_config(), lm.dtype)
         for hook in hooks:
             hook.enabled = True
         out = lm.model(
             input_ids=batch.tokens, position_ids=batch.positions, attention_mask=mask, use_cache=False
-        ).last_hidden_state
+        ).last_hidden_state  # (R, L, d), after the final norm
         sites = [hook.value.flatten(0, 1)[batch.state] for hook in hooks]
-        for hook in hooks:  # a checkpointed block runs again in the backward: not for us
+        for hook in hooks:  # a checkpointed block runs again in the backward, and must not capture then
             hook.enabled, hook.value = False, None
         return out.flatten(0, 1)[batch.state], sites
 
@@ -162,10 +161,26 @@ class Policy(nn.Module):
         """Per SAE (N, d), what it reads of the policy where response tokens are predicted."""
         return self._read(self.lm, self._hooks, batch)[1]
 
-    def forward(self, batch: Batch, entropy: bool = False) -> tuple[Statistics, Statistics | None]:
-        """Statistics of the policy, and of the reference where one is held; `entropy`: of entropies too."""
+    def _pool(self, sites, batch):
+        """Features c̄ (Eq. 10) and mean ‖h‖² of each response, per SAE: ((2B, m), …), ((2B,), …)."""
+        owner, lengths = batch.owner, batch.lengths
+        features = tuple(
+            pooled_features(h, sae, owner, lengths) for h, sae in zip(sites, self.saes, strict=True)
+        )
+        mean = owner_matrix(owner, len(lengths), torch.float32) / lengths.clamp(min=1)[:, None]  # (2B, N)
+        return features, tuple(mean @ h.detach().float().square().sum(-1) for h in sites)
+
+    def forward(self, batch: Batch, entropy=False, plain=False) -> tuple[Statistics, Statistics | None]:
+        """Returns the policy's statistics, and the reference's if one is held.
+
+        Args:
+            entropy: also the entropies of the next-token distributions.
+            plain: log-probabilities alone, by transformers' own forward (what `audit` compares with).
+        """
+        if plain:
+            return self._plain(batch), None
         lm, reference = self.lm, self.reference[0] if self.reference else None
-        softcap = getattr(lm.config, "final_logit_softcapping", None)
+        softcap = getattr(lm.config.get_text_config(), "final_logit_softcapping", None)
         ref_states = ref_weight = None
         if reference is not None:
             with torch.no_grad():
@@ -177,79 +192,91 @@ class Policy(nn.Module):
             softcap=softcap, ref_states=ref_states, ref_weight=ref_weight, entropy=entropy,
         )  # fmt: skip
         # Sums over each response as a product: the same order every time, on any device.
-        mine = batch.owner == torch.arange(len(batch.lengths), device=batch.owner.device)[:, None]
-        total = lambda x: mine.to(x.dtype) @ x  # noqa: E731
-        totals = [None if x is None else total(x) for x in (kl, H)]
-        features = lambda read: tuple(  # noqa: E731
-            pooled_features(h, sae, batch.owner, batch.lengths, self._most)
-            for h, sae in zip(read, self.saes, strict=True)
-        )
-        policy = Statistics(total(logps), batch.lengths, features(sites), *totals)
+        belongs = owner_matrix(batch.owner, len(batch.lengths), logps.dtype)  # (2B, N)
+        kl, H = (None if x is None else belongs @ x for x in (kl, H))
+        features, norms = self._pool(sites, batch)
+        policy = Statistics(belongs @ logps, batch.lengths, features, kl, H, norms)
         if reference is None:
             return policy, None
         with torch.no_grad():
-            return policy, Statistics(total(ref_logps), batch.lengths, features(ref_sites))
+            features, norms = self._pool(ref_sites, batch)
+            return policy, Statistics(belongs @ ref_logps, batch.lengths, features, norms=norms)
+
+    def _plain(self, batch):
+        """log π(y|x) by `lm(input_ids).logits`: each row of a `separate` batch alone, unpadded."""
+        logps = []
+        for tokens, segment in zip(batch.tokens, batch.segment, strict=True):
+            tokens, n = tokens[segment >= 0], int((segment > 0).sum())
+            logits = self.lm(input_ids=tokens[None], use_cache=False, logits_to_keep=n + 1).logits[0, :-1]
+            logps.append(logits.float().log_softmax(-1).gather(1, tokens[-n:, None]).sum())
+        return Statistics(torch.stack(logps), batch.lengths)
 
 
-# ---------------------------------------------------------------------------- ranks and streams
-def ranks() -> tuple[int, int]:
-    """(this process's rank, how many there are); (0, 1) without torch.distributed."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+# ---------------------------------------------------------------------------- the run proves itself
+@torch.no_grad()
+def audit(policy: Policy, pairs, *, k=50, **rows) -> dict:
+    """Compare this forward, as training runs it, with the model's own; every rank must call it.
 
-
-def barrier():
-    """Wait for the other ranks."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def lockstep(groups: list[list[int]], device) -> list[list[int]]:
-    """This rank's micro-batches, then empty ones until every rank has as many: no collective hangs."""
-    count = torch.tensor(len(groups), device=device)
-    if dist.is_initialized():
-        dist.all_reduce(count, op=dist.ReduceOp.MAX)
-    return groups + [[] for _ in range(int(count) - len(groups))]
-
-
-LOADERS = {"cuda": 1, "cpu": 0}  # processes that make batches ahead
-
-
-def _ignore_signals(_):  # torchrun signals a rank's whole group; the rank itself ends its loader
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def stream(pairs: Pairs, groups, *, device, cache=None, **rows):
-    """(Batch, reference Statistics or None) of each micro-batch, on the device, made ahead of the GPU's work.
+    Taken are the longest pair and the shortest. This is why no list of supported architectures is needed: what
+    our masks, layouts, slices or softcap get wrong shows here, before anything is trained.
 
     Args:
-        groups: lists of pair indices; an empty one becomes a padding pair of weight 0.
-        cache: a ReferenceCache to look the pairs up in.
-        rows: layout and padding, as `collate` takes them.
+        rows: layout and padding, as `data.collate` takes them.
+    Returns:
+        difference: nats a token, |Σ log π − that of lm(input_ids).logits| / |y|, the largest of four responses.
+        floor: D_FPO between the same pairs in one batch and each alone: rounding, below which D says nothing.
+        window: the sliding window if a pair is longer than it, else None.
+    Raises:
+        UserError: the difference is above TOLERANCE, or a second run gives other values (dropout, jitter).
     """
+    device, sizes = policy.lm.device, pairs.row_lengths("separate")
+    longest, shortest = int(sizes.argmax()), int(sizes.argmin())
+    batch = collate(pairs, [longest, shortest], **rows).to(device)
+    policy.train()
+    ours, again = policy(batch)[0], policy(batch)[0]
+    tokens = ours.lengths.clamp(min=1)
+    policy.eval()
+    with torch.compiler.set_stance("force_eager"):
+        alone = [collate(pairs, [i], layout="separate").to(device) for i in (longest, shortest)]
+        theirs = torch.stack([policy(one, plain=True)[0].logps for one in alone], 1).flatten()
+    kind, limit = type(policy.lm).__name__, TOLERANCE[policy.lm.dtype]
+    theirs = theirs if len(theirs) == len(tokens) else torch.cat([theirs, torch.zeros_like(theirs)])  # SFT
+    repeat = ((ours.logps - again.logps).abs() / tokens).max().item()
+    if not repeat <= limit / 10:
+        raise UserError(
+            f"{kind}: two runs of one batch differ by {repeat:.2g} nats a token (dropout, jitter?)"
+        )
+    difference = ((ours.logps - theirs).abs() / tokens).max().item()
+    if not difference <= limit:
+        raise UserError(
+            f"{kind}: log π differs from the model's own forward by {difference:.2g} nats a token "
+            f"(allowed: {limit:g}): a part of this architecture is not understood"
+        )
+    window = getattr(policy.lm.config.get_text_config(), "sliding_window", None)
+    tested = window if window is not None and int(sizes.max()) > window else None
+    return {"difference": difference, "floor": noise_floor(policy, pairs, k=k, **rows), "window": tested}
 
-    def load(group):
-        batch = collate(pairs, group or [0], padding_pair=not group, **rows)
-        return batch, None if cache is None else cache.lookup(batch.index)
 
-    workers = LOADERS[kind := torch.device(device).type]
-    loader = DataLoader(
-        groups, batch_size=None, collate_fn=load, pin_memory=kind == "cuda", num_workers=workers,
-        worker_init_fn=_ignore_signals, multiprocessing_context="fork" if workers else None,
-    )  # fmt: skip
-    for batch, reference in loader:
-        if reference is not None:
-            logps, _, features, *_ = reference
-            features = tuple(c.to(device, non_blocking=True) for c in features)
-            reference = Statistics(logps.to(device, non_blocking=True), features=features)
-        yield batch.to(device), reference
+@torch.no_grad()
+def noise_floor(policy: Policy, pairs, *, k=50, n=8, **rows) -> float | None:
+    """D_FPO between `n` pairs in one batch and each of them alone: what rounding makes of no change at all.
+
+    In float32 about 1e-10. In bf16 it can exceed what training is to hold down; it falls with |y|.
+    """
+    if not policy.saes:
+        return None
+    indices = torch.linspace(0, len(pairs) - 1, min(n, len(pairs))).long().tolist()
+    together = policy(collate(pairs, indices, **rows).to(policy.lm.device))[0].features
+    alone = [policy(collate(pairs, [i], **rows).to(policy.lm.device))[0].features for i in indices]
+    # Per SAE (2n, m), in the batch's order: the chosen responses of all pairs, then the rejected ones.
+    alone = tuple(torch.stack(per_sae, 1).flatten(0, 1) for per_sae in zip(*alone, strict=True))
+    return feature_distance(together, alone, k=k).mean().item()
 
 
 # ---------------------------------------------------------------------------- method -> loss
 def method_loss(
-    method, policy, reference=None, *, beta, alpha=0.5, gamma=0.5, k=50, stop_gradient=True,
-    feature_weights=None,
-):  # fmt: skip
+    method, policy, reference=None, *, beta, alpha=0.5, gamma=0.5, k=50, stop_gradient=True, units=()
+):
     """One method's loss per pair, from the statistics (Table 1, Table 6).
 
     Args:
@@ -257,58 +284,66 @@ def method_loss(
         policy: Statistics of the policy, 2B responses.
         reference: Statistics of the reference: dpo, tdpo1, tdpo2 and fpo need it; others log D_FPO by it.
         beta, alpha, gamma, k: as in Table 5; k of Eq. 10.
-        stop_gradient: whether δ_FPO's chosen term is held constant.
-        feature_weights: per SAE (m,), or None: weights of the squared differences (control, Table 4).
+        stop_gradient: whether δ_FPO's chosen term is held constant (Table 3).
+        units: per SAE s², by which D_FPO is divided (see `feature_distance`); none: as in Eq. 10.
     Returns:
-        loss (B,), and a dict of (B,) values to log: rewards; mse, kl of chosen and rejected if there.
+        loss (B,), and a dict of (B,) values to log: rewards; mse, kl of chosen and rejected if there; the
+        constraint δ where the method has one.
     """
     w, l = policy.logps.chunk(2)
     n_w, n_l = policy.lengths.chunk(2)
-    values = _distances(policy, reference, k, feature_weights)
-    kls = (values["kl_chosen"], values["kl_rejected"]) if method in NEEDED else ()
-    four = (w, l, *reference.logps.chunk(2)) if reference is not None else ()
-
     if method == "sft":
-        return losses.sft_loss(w, n_w), values
+        return losses.sft_loss(w, n_w), {}
+    if method not in METHODS:
+        raise UserError(f"method {method!r}: one of {', '.join(METHODS)}")
+    if reference is not None:
+        ref_w, ref_l = reference.logps.chunk(2)
+
+    # How far the policy is from the reference: what TDPO and FPO constrain, logged for all.
+    values, D_w, D_l = {}, None, None
+    if policy.kl is not None:
+        kl_w, kl_l = policy.kl.chunk(2)
+        values |= {"kl_chosen": kl_w, "kl_rejected": kl_l}
+    if reference is not None and policy.features and reference.features:
+        D_w, D_l = feature_distance(policy.features, reference.features, k=k, units=units).chunk(2)
+        values |= {"mse_chosen": D_w, "mse_rejected": D_l}
+
     if method == "simpo":
         loss = losses.simpo_loss(w, l, n_w, n_l, beta=beta, gamma=gamma)
     elif method == "simpo_kl":
-        loss = losses.simpo_kl_loss(w, l, n_w, n_l, *kls, beta=beta, gamma=gamma, alpha=alpha)
+        loss = losses.simpo_kl_loss(w, l, n_w, n_l, kl_w, kl_l, beta=beta, gamma=gamma, alpha=alpha)
+        values["constraint"] = alpha * beta * (kl_l - kl_w)
     elif method == "dpo":
-        loss = losses.dpo_loss(*four, beta=beta)
+        loss = losses.dpo_loss(w, l, ref_w, ref_l, beta=beta)
     elif method == "tdpo1":
-        loss = losses.tdpo1_loss(*four, *kls, beta=beta)
+        loss = losses.tdpo1_loss(w, l, ref_w, ref_l, kl_w, kl_l, beta=beta)
+        values["constraint"] = beta * (kl_l - kl_w)
     elif method == "tdpo2":
-        loss = losses.tdpo2_loss(*four, *kls, beta=beta, alpha=alpha)
-    elif method == "fpo":
-        ref_w, ref_l = reference.logps.chunk(2)
-        loss = losses.fpo_loss(
-            w, l, ref_w, ref_l, n_w, n_l, values["mse_chosen"], values["mse_rejected"],
-            beta=beta, alpha=alpha, stop_gradient=stop_gradient,
-        )  # fmt: skip
+        loss = losses.tdpo2_loss(w, l, ref_w, ref_l, kl_w, kl_l, beta=beta, alpha=alpha)
+        values["constraint"] = alpha * beta * (kl_l - kl_w)
     else:
-        raise ValueError(f"method {method!r}: one of {', '.join(METHODS)}")
-    reward = rewards(method, policy, reference, beta=beta)
-    values["reward_chosen"], values["reward_rejected"] = reward.chunk(2)
+        loss = losses.fpo_loss(
+            w, l, ref_w, ref_l, n_w, n_l, D_w, D_l, beta=beta, alpha=alpha, stop_gradient=stop_gradient
+        )
+        values["constraint"] = alpha * beta * (D_l - D_w)
+    values["reward_chosen"], values["reward_rejected"] = rewards(method, policy, reference, beta=beta).chunk(
+        2
+    )
     return loss, values
 
 
-def _distances(policy, reference, k, feature_weights):
-    """{name: (B,)} of how far the policy is from the reference: KL and D_FPO of chosen and rejected."""
-    values = {}
-    if policy.kl is not None:
-        values["kl_chosen"], values["kl_rejected"] = policy.kl.chunk(2)
-    if reference is not None and policy.features and reference.features:
-        mse = layer_mse(policy.features, reference.features, k=k, feature_weights=feature_weights)
-        values["mse_chosen"], values["mse_rejected"] = mse.chunk(2)
-    return values
+def feature_distance(policy_features, reference_features, *, k, units=()):
+    """(2B,) D_FPO, Eq. 10, averaged over the SAEs where there are several (Table 7).
 
-
-def layer_mse(policy_features, reference_features, *, k, feature_weights=None):
-    """(2B,) D_FPO, Eq. 10, averaged over the SAEs where there are several (Table 7)."""
-    weights = feature_weights or (None,) * len(policy_features)
-    triples = zip(policy_features, reference_features, weights, strict=True)
-    return torch.stack([losses.feature_mse(c, ref, k=k, weights=w) for c, ref, w in triples]).mean(0)
+    Args:
+        policy_features, reference_features: per SAE (2B, m), pooled.
+        units: per SAE s² = mean ‖h‖² of the reference's states: D / s² has no unit, so that an α means the
+            same for models whose states have other lengths (ours, not the paper's). None given: D itself.
+    """
+    D = [losses.feature_mse(c, ref, k=k) for c, ref in zip(policy_features, reference_features, strict=True)]
+    if units:
+        D = [d / unit for d, unit in zip(D, units, strict=True)]
+    return torch.stack(D).mean(0)
 
 
 def rewards(method, policy, reference=None, *, beta):
@@ -317,4 +352,100 @@ def rewards(method, policy, reference=None, *, beta):
     if method in ("simpo", "simpo_kl"):
         return (beta * policy.logps / n).detach()
     ratio = (policy.logps - reference.logps).detach()
-    return beta * ratio / n if method == "fpo" else beta * ratio
+    return beta * ratio / n if method in PER_TOKEN else beta * ratio
+
+
+# ---------------------------------------------------------------------------- scores of pairs
+@torch.no_grad()
+def score_pairs(
+    policy, pairs, *, lookup=None, k=50, units=(), top=0, max_tokens=0, progress=False, **rows
+) -> dict[str, torch.Tensor]:
+    """What a policy makes of every pair, in the data set's order, the same on every rank.
+
+    The reference is the one that the policy holds, else the cache's, else there is none.
+
+    Args:
+        lookup: ReferenceCache.lookup of these pairs, or None.
+        top: also each response's so many largest pooled features (of the first SAE), in order.
+        max_tokens, rows: micro-batches, as `data.micro_batches` and `data.collate` take them.
+    Returns:
+        {name: (n,) float64}, names ending in _chosen and _rejected. Always: logps, lengths, entropy (summed,
+        nats). With a reference: ratio = log π/π_ref, and mse where there are SAEs. With a held one also kl.
+        With `top`: activations_policy, activations_reference (n, top).
+    """
+    rank, world = ranks()
+    lengths = pairs.row_lengths(rows["layout"], rows.get("row_multiple", 1))
+    groups = micro_batches(range(len(pairs)), lengths, world, max_pairs=16, max_tokens=max_tokens)[
+        rank::world
+    ]
+    was_training, table = policy.training, {}
+    policy.eval()
+    batches = stream(pairs, groups, device=policy.lm.device, lookup=lookup, **rows)
+    for batch, cached in tqdm(
+        batches, "evaluating", len(groups), disable=not progress or rank > 0, leave=False
+    ):
+        says, held = policy(batch, entropy=True)
+        reference = held or cached
+        values = {"logps": says.logps, "lengths": says.lengths, "entropy": says.entropy}
+        if says.kl is not None:
+            values["kl"] = says.kl
+        if reference is not None:
+            values["ratio"] = says.logps - reference.logps
+            if says.features and reference.features:
+                values["mse"] = feature_distance(says.features, reference.features, k=k, units=units)
+        for name, whose in (("policy", says), ("reference", reference)):
+            if top and whose is not None and whose.features:
+                c = whose.features[0]
+                values[f"activations_{name}"] = c.topk(min(top, c.shape[1])).values
+        for name, value in values.items():
+            weight = batch.weight.view(-1, *[1] * (value.ndim - 1))  # 0: a padding pair
+            for side, half in zip(("chosen", "rejected"), value.chunk(2), strict=True):
+                zeros = half.new_zeros(len(pairs), *half.shape[1:], dtype=torch.float64)
+                table.setdefault(f"{name}_{side}", zeros)[batch.index] += half * weight
+    policy.train(was_training)
+    if dist.is_initialized():
+        for name in sorted(table):
+            dist.all_reduce(table[name])
+    return {name: column.cpu() for name, column in table.items()}
+
+
+def pair_columns(table, *, method=None, beta=0.1) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Scores of a `score_pairs` table as fractions: {key: (numerator (n,), denominator (n,))}.
+
+    Keys: accuracy, accuracy_sum (share of pairs whose chosen response has the higher log π(y|x) / |y|, or
+    log π(y|x)); reward_accuracy_mean, reward_accuracy_sum (the same of log π/π_ref) and reward_accuracy (of
+    the method's own reward); nll_chosen; teacher_forced_entropy; kl_*, mse_* and their margins.
+
+    Args:
+        method: whose reward `reward_accuracy` is; None leaves it out.
+        beta: β of the margins |β D(y_l) - β D(y_w)| (Figs. 3, 4): one for all methods, to compare them.
+    """
+    one = torch.ones_like(table["logps_chosen"])
+    n = {side: table[f"lengths_{side}"] for side in ("chosen", "rejected")}
+    both = bool(n["rejected"].any())  # SFT has no rejected responses
+    columns = {"nll_chosen": (-table["logps_chosen"] / n["chosen"].clamp(min=1), one)}
+
+    def share_above(name, per_token):
+        """Pairs whose chosen response is above the rejected one; nearer than 1e-6 a token counts half."""
+        w, l = (table[f"{name}_{side}"] / (n[side].clamp(min=1) if per_token else 1) for side in n)
+        tie = 1e-6 * (1 if per_token else torch.maximum(*n.values()))
+        return torch.where((w - l).abs() < tie, 0.5, (w > l).double()), one
+
+    if both:
+        columns |= {"accuracy": share_above("logps", True), "accuracy_sum": share_above("logps", False)}
+        if "ratio_chosen" in table:
+            columns["reward_accuracy_mean"] = share_above("ratio", True)
+            columns["reward_accuracy_sum"] = share_above("ratio", False)
+        own = "logps" if method in ("simpo", "simpo_kl") else "ratio"
+        if method not in (None, "sft") and f"{own}_chosen" in table:
+            columns["reward_accuracy"] = share_above(own, method in PER_TOKEN)
+    sides = ("chosen", "rejected") if both else ("chosen",)
+    entropy, tokens = (sum(table[f"{name}_{side}"] for side in sides) for name in ("entropy", "lengths"))
+    columns["teacher_forced_entropy"] = entropy, tokens
+    for name in ("kl", "mse"):
+        if f"{name}_chosen" in table:
+            columns |= {f"{name}_{side}": (table[f"{name}_{side}"], one) for side in sides}
+            if both:
+                margin = beta * table[f"{name}_rejected"] - beta * table[f"{name}_chosen"]
+                columns[f"{name}_margin"] = margin.abs(), one
+    return columns

@@ -1,9 +1,11 @@
 """Small things that the tests share: a random Gemma-2, an SAE, pairs of random tokens, and the toy world."""
 
 import os
+import tempfile
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()  # tokens made by the tests, and by the scripts they start
 
 import pytest
 import torch
@@ -54,11 +56,12 @@ def make_sae(seed=0, d=D, m=M):
 def make_pairs(n=8, seed=0, longest=14):
     """Pairs of random tokens and random lengths."""
     g = torch.Generator().manual_seed(seed)
-    draw = lambda low, high: int(torch.randint(low, high, (1,), generator=g))  # noqa: E731
-    text = lambda size: torch.randint(4, V, (size,), generator=g).tolist()  # noqa: E731
-    return Pairs(
-        [([2, *text(draw(3, longest))], text(draw(1, longest)), text(draw(1, longest))) for _ in range(n)]
-    )
+
+    def text(shortest):
+        size = int(torch.randint(shortest, longest, (1,), generator=g))
+        return torch.randint(4, V, (size,), generator=g).tolist()
+
+    return Pairs([([2, *text(3)], text(1), text(1)) for _ in range(n)])
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,9 @@
-"""The real scripts on the toy world: two processes against one, every method, errors before any compute."""
+"""The real scripts on the toy world: settings, ranks, every method, errors, and what is left at the end."""
 
+import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,281 +11,310 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2ForCausalLM
 
 import fpo
-import presets
 import train
+from data import UserError
 
 ROOT = Path(__file__).parent.parent
-SHORT = ["--preset", "toy", "--steps", "3", "--warmup_steps", "2", "--eval_every", "2", "--eval_samples", "0"]
+SHORT = ["--preset", "toy", "--steps", "3", "--warmup_steps", "2", "--eval_every", "0", "--no_eval_kl"]
+
+
+def run(*flags):
+    train.main(train.parse_args(list(map(str, flags))))
 
 
 def script(folder, *flags, ranks=1, name="train.py", status=0):
     """Run a script as a user would; its output."""
-    start = (
-        [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    )
-    start += [] if ranks == 1 else ["--nproc_per_node", str(ranks)]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     done = subprocess.run(
-        [*start, ROOT / name, *flags], cwd=folder, capture_output=True, text=True, timeout=240,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        [sys.executable, *(torchrun if ranks > 1 else []), ROOT / name, *flags], cwd=folder,
+        capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
-def metrics(folder, run):
-    return [json.loads(line) for line in (folder / run / "metrics.jsonl").read_text().splitlines()]
+def metrics(run):
+    return [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
 
 
 def test_two_ranks_do_what_one_does(folder):
     """torchrun with two processes and small micro-batches: the same losses and weights as one process."""
-    out = script(folder, "--method", "fpo", *SHORT, "--out", "two", "--micro_batch_pairs", "5", ranks=2)
-    script(folder, "--method", "fpo", *SHORT, "--out", "one")
-    two, one = metrics(folder, "two"), metrics(folder, "one")
+    flags = ["--method", "fpo", *SHORT[:-1], "--eval_every", "2"]
+    out = script(folder, *flags, "--out", "two", "--micro_batch_tokens", "400", ranks=2)
+    script(folder, *flags, "--out", "one")
+    two, one = metrics("two"), metrics("one")
     assert [line["step"] for line in two] == [1, 2, 3] and "eval_accuracy" in two[1]
     for a, b in zip(two, one, strict=True):
-        for name in ("loss", "grad_norm", "reward_margin", "mse_rejected", "accuracy", "lr"):
+        for name in ("loss", "grad_norm", "reward_margin", "mse_rejected", "accuracy", "constraint", "lr"):
             assert a[name] == pytest.approx(b[name], rel=2e-4, abs=1e-6), name
     assert two[0]["grad_norm"] == pytest.approx(one[0]["grad_norm"], rel=1e-5)
     a, b = (load_file(folder / run / "model/model.safetensors") for run in ("two", "one"))
     lr = two[-1]["lr"]
     assert max((a[name] - b[name]).abs().max() for name in a) < lr, "3 steps move a weight by up to 3 lr"
-    # What a user is left with: a table, a Hugging Face directory that stops at the turn's end, a card.
-    assert "kl_rejected" in out and "two/model" in out
+    # What a user is left with: scores, the next command, a Hugging Face directory that stops at the turn's end.
+    assert "kl_rejected" in out and "eval_diversity.py --model two/model" in out and "audit passed" in out
+    assert out.count("audit passed") == 1 and "Traceback" not in out
     lm, tokenizer = (
         kind.from_pretrained(folder / "two/model") for kind in (AutoModelForCausalLM, AutoTokenizer)
     )
     assert tokenizer.convert_tokens_to_ids("<end_of_turn>") in lm.generation_config.eos_token_id
-    prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "hello"}],
-        add_generation_prompt=True,
-        return_tensors="pt",
-        return_dict=True,
-    )
+    chat = [{"role": "user", "content": "hello"}]
+    options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+    prompt = tokenizer.apply_chat_template(chat, **options)
     assert lm.generate(**prompt, max_new_tokens=2).shape[1] > prompt["input_ids"].shape[1]
-    card = (folder / "two/model/README.md").read_text()
-    assert "fpo" in card and "- beta: 0.1" in card and "| accuracy |" in card
-    assert json.loads((folder / "two/config.json").read_text())["alpha"] == 0.5
+    config = json.loads((folder / "two/config.json").read_text())
+    assert config["alpha"] == 0.5 and config["audit"]["difference"] < 1e-4
+    scores = json.loads((folder / "two/scores.json").read_text())
+    assert scores["before"]["reward_accuracy"] == 0.5 and scores["after"]["kl_rejected"] > 0
 
 
-def test_every_method_starts_where_it_should_and_learns(folder, capsys):
-    """Loss ln 2 at step 0 but for SFT and SimPO; the loss of the same pairs falls."""
+def test_every_method_starts_where_it_should_and_learns(folder):
+    """Loss ln 2 at step 0 but for SFT and SimPO; the loss of the same 32 pairs falls. DPO and FPO share a cache."""
+    lines = (folder / "runs/toy/train.jsonl").read_text().splitlines()[:32]
+    (folder / "small.jsonl").write_text("\n".join(lines))
     for method in fpo.METHODS:
         lr = "1e-3" if method == "sft" else "3e-3"
-        # The same 32 pairs again and again.
-        flags = [
-            "--method",
-            method,
-            *SHORT,
-            "--eval_every",
-            "0",
-            "--lr",
-            lr,
-            "--dataset",
-            "small.jsonl",
-            "--no-eval_kl",
-        ]
-        lines = (folder / "runs/toy/train.jsonl").read_text().splitlines()[:32]
-        (folder / "small.jsonl").write_text("\n".join(lines))
-        train.main([*flags, "--no-eval_kl", "--steps", "6"])
-        losses = [line["loss"] for line in metrics(folder, f"runs/toy/{method}")]
+        run("--method", method, *SHORT, "--lr", lr, "--dataset", "small.jsonl", "--steps", "6")
+        losses = [line["loss"] for line in metrics(f"runs/toy/{method}")]
         assert losses[-1] < losses[0] - 0.005, (method, losses)
         if method in ("dpo", "tdpo1", "tdpo2", "fpo"):
             assert losses[0] == pytest.approx(0.6931472, abs=1e-5)
-    # FPO before DPO: DPO reads the cache that has the features too.
-    folders = {path.parent for path in (folder / "runs/toy/reference").glob("*/manifest.json")}
-    assert len(folders) == 4, "train and held-out pairs, once without features (DPO came first) and once with"
+    assert len(list((folder / "runs/toy/reference").glob("*/manifest.json"))) == 2  # training, held-out pairs
 
 
 def test_cache_is_kept_when_only_the_training_changes(folder):
-    """Another lr, α, method and --out: the shards are read, not written again."""
-    train.main(["--method", "fpo", *SHORT, "--steps", "1"])
+    """Another lr, α, k, method and --out: the shards are read, not written again."""
+    run("--method", "fpo", *SHORT, "--steps", "1")
     shards = sorted((folder / "runs/toy/reference").rglob("shard_*"))
     times = [path.stat().st_mtime_ns for path in shards]
-    train.main(
-        ["--method", "fpo", *SHORT, "--steps", "1", "--lr", "1e-3", "--alpha", "2", "--k", "20", "--out", "b"]
-    )
-    train.main(["--method", "dpo", *SHORT, "--steps", "1", "--out", "c"])
+    run("--method", "fpo", *SHORT, "--steps", "1", "--lr", "1e-3", "--alpha", "2", "--k", "20", "--out", "b")
+    run("--method", "dpo", *SHORT, "--steps", "1", "--out", "c")
     assert sorted((folder / "runs/toy/reference").rglob("shard_*")) == shards
     assert [path.stat().st_mtime_ns for path in shards] == times
 
 
-def test_not_finite_stops_and_names_the_pairs(folder, monkeypatch):
-    """A NaN at step 2: the run ends, names step and pairs, and what was saved before stays."""
-    train.main(["--method", "simpo", *SHORT, "--steps", "1"])
+def test_not_finite_stops_and_names_the_pairs(folder):
+    """A NaN at step 2: the run ends, names step and pairs, and a model that was saved before stays."""
+    run("--method", "simpo", *SHORT, "--steps", "1")
     saved = (folder / "runs/toy/simpo/model/model.safetensors").read_bytes()
-    loss, calls = train.fpo.method_loss, []
+    calls = []
 
     def poisoned(*args, **kwargs):
-        value, extra = loss(*args, **kwargs)
+        loss, values = fpo.method_loss(*args, **kwargs)
         calls.append(1)
-        return (
-            value * torch.where(torch.arange(len(value)) == 3, torch.nan, 1.0) if len(calls) > 1 else value
-        ), extra
+        return (loss * torch.nan if len(calls) == 2 else loss), values
 
-    monkeypatch.setattr(train.fpo, "method_loss", poisoned)
-    with pytest.raises(SystemExit, match=r"^error: step 2: .*: \[\d+\]\n.*--on_nan skip"):
-        train.main(["--method", "simpo", *SHORT, "--eval_every", "0", "--micro_batch_pairs", "32"])
+    config = train.parse_args(["--method", "simpo", *SHORT])
+    with pytest.raises(UserError, match=r"step 2: .*not finite; .* \[\d+(, \d+){31}\]"):
+        train.main(config, loss_function=poisoned)
     assert (folder / "runs/toy/simpo/model/model.safetensors").read_bytes() == saved
 
 
-def test_weights_that_are_not_finite_reach_no_state(folder, monkeypatch):
-    """A stop at a NaN saves the state before it, unless that is not finite either."""
-    loss, load, calls = train.fpo.method_loss, presets.load_lm, []
-
-    def poisoned(*args, **kwargs):
-        calls.append(1)
-        value, extra = loss(*args, **kwargs)
-        return value * (torch.nan if len(calls) == 3 else 1.0), extra
-
-    def broken(*args, **kwargs):
-        lm = load(*args, **kwargs)
-        lm.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
-        return lm
-
-    flags = ["--method", "simpo", *SHORT, "--eval_every", "0", "--micro_batch_pairs", "32"]
-    monkeypatch.setattr(train.fpo, "method_loss", poisoned)
-    with pytest.raises(SystemExit, match="--resume auto"):
-        train.main([*flags, "--out", "good"])
-    assert [path.name for path in (folder / "good/state").iterdir()] == ["step_00000002"]
-    monkeypatch.setattr(train.presets, "load_lm", broken)
-    with pytest.raises(SystemExit, match=r"step 1: .*\]$"):
-        train.main([*flags, "--out", "bad"])
-    assert not (folder / "bad/state").exists() and not (folder / "bad/model").exists()
+def test_saving_cannot_fail_at_the_end(folder):
+    """A base model whose generation config is invalid, and knows EOS alone: written anew, with the turn's end."""
+    subprocess.run(["cp", "-rL", folder / "runs/toy/model", folder / "base"], check=True)
+    path = folder / "base/generation_config.json"
+    broken = json.loads(path.read_text()) | {"eos_token_id": 1, "temperature": 0.6, "do_sample": False}
+    path.write_text(json.dumps(broken))
+    run("--method", "sft", *SHORT, "--steps", "1", "--model", "./base", "--out", "sft")
+    saved = json.loads((folder / "sft/model/generation_config.json").read_text())
+    assert saved["eos_token_id"] == [1, 107] and "temperature" not in saved
 
 
-def test_a_base_model_learns_to_stop(folder):
-    """A generation config that knows EOS alone: the saved one ends at the turn's end too."""
-    model = folder / "base"
-    subprocess.run(["cp", "-rL", folder / "runs/toy/model", model], check=True)
-    config = json.loads((model / "generation_config.json").read_text())
-    (model / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": 1}))
-    train.main(["--method", "sft", *SHORT, "--steps", "1", "--model", "./base"])
-    saved = json.loads((folder / "runs/toy/sft/model/generation_config.json").read_text())
-    assert saved["eos_token_id"] == [1, 107]
-
-
-def test_activation_checkpointing_changes_nothing(folder):
+def test_layouts_and_checkpointing_change_nothing(folder):
     """The same three steps, blocks kept or made again, shared rows or separate ones."""
     runs = []
     for flags in (["--layout", "separate"], ["--activation_checkpointing", "--layout", "shared"]):
-        train.main(["--method", "fpo", *SHORT, "--eval_every", "0", *flags])
-        runs.append(metrics(folder, "runs/toy/fpo"))
+        run("--method", "fpo", *SHORT, *flags)
+        runs.append(metrics("runs/toy/fpo"))
     for a, b in zip(*runs, strict=True):
         for name in ("loss", "grad_norm", "mse_chosen"):
             assert a[name] == pytest.approx(b[name], rel=2e-4, abs=1e-6), name
 
 
+def test_a_loss_and_an_encoder_of_ones_own(folder):
+    """An experiment's loss function and encoder: D is the mean squared change of the pooled states."""
+    seen = []
+
+    class States:  # JumpReLU without a threshold is the identity: its features are the states themselves
+        d = m = 64
+        W_enc, b_enc, threshold = torch.eye(64), torch.zeros(64), torch.full((64,), -torch.inf)
+
+    def loss_function(method, policy, reference, *, beta, alpha, **options):
+        D = (policy.features[0] - reference.features[0]).square().mean(-1)
+        seen.append((policy.features[0].min().item(), D.max().item()))
+        return fpo.method_loss("dpo", policy, reference, beta=beta)[0] + D.chunk(2)[0], {}
+
+    config = train.parse_args(["--method", "fpo", *SHORT])
+    train.main(config, loss_function=loss_function, encoders=[States()])
+    assert seen[0][0] < 0 and seen[0][1] < 1e-8 < seen[-1][1]
+
+
 def test_eval_script_agrees_with_the_run(folder):
     """eval_diversity.py --json on the saved model gives the scores that train.py ended with."""
-    train.main(["--method", "fpo", *SHORT, "--lr", "2e-3", "--eval_every", "0"])
-    flags = (
-        "--preset",
-        "toy",
-        "--model",
-        "runs/toy/fpo/model",
-        "--reference",
-        "runs/toy/model",
-        "--samples",
-        "1",
-    )
-    script(folder, *flags, "--prompts", "5", "--json", "a/b.json", name="eval_diversity.py")
+    run("--method", "fpo", *SHORT[:-1], "--lr", "2e-3")
+    flags = ["--preset", "toy", "--model", "runs/toy/fpo/model", "--reference", "runs/toy/model"]
+    script(folder, *flags, "--samples", "1", "--prompts", "5", "--json", "a/b.json", name="eval_diversity.py")
     scores = json.loads((folder / "a/b.json").read_text())
     ended = json.loads((folder / "runs/toy/fpo/scores.json").read_text())["after"]
-    assert {
-        "accuracy",
-        "reward_accuracy",
-        "entropy",
-        "kl_chosen",
-        "kl_rejected",
-        "mse_chosen",
-        "mse_rejected",
-    } <= set(scores)
+    assert {"accuracy", "reward_accuracy", "kl_rejected", "mse_chosen", "teacher_forced_entropy"} <= set(
+        ended
+    )
     for name, value in ended.items():
         assert scores[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
 
 
-# ---- flags
+# ---- settings
 def test_presets_are_table_5():
-    """The paper's values, as printed there."""
-    for preset, optimizer in (("gemma-2-2b", "adam"), ("gemma-2-9b", "rmsprop")):
+    """The paper's values, as printed there; and where it is silent those of the experiments' code."""
+    for preset, optimizer, layer, l0 in (("gemma-2-2b", "adam", 25, 55), ("gemma-2-9b", "rmsprop", 41, 52)):
         for method, alpha, beta, gamma in (
             ("dpo", None, 0.1, None), ("tdpo1", None, 0.1, None), ("tdpo2", 0.5, 0.1, None),
             ("simpo", None, 2.0, 0.5), ("fpo", 0.5, 0.1, None),
         ):  # fmt: skip
-            args = train.parse_args(["--preset", preset, "--method", method])
-            assert (args.alpha, args.beta, args.gamma) == (alpha, beta, gamma), method
-            assert (args.lr, args.warmup_steps, args.schedule, args.batch_size) == (5e-7, 150, "constant", 32)
-            assert (args.epochs, args.optimizer, args.sae_width, args.k) == (1, optimizer, "16k", 50)
-            assert args.activation_checkpointing is True
-    assert train.parse_args([]).sae_layer == [25] and train.parse_args([]).sae_l0 == [55]
-    nine = train.parse_args(["--preset", "gemma-2-9b"])
-    assert nine.sae_layer == [41] and nine.sae_l0 is None and nine.sae == "google/gemma-scope-9b-pt-res"
+            c = train.parse_args(["--preset", preset, "--method", method])
+            assert (c.alpha, c.beta, c.gamma) == (alpha, beta, gamma), method
+            assert (c.lr, c.warmup_steps, c.schedule, c.batch_size, c.epochs) == (
+                5e-7,
+                150,
+                "constant",
+                32,
+                1,
+            )
+            assert (c.optimizer, c.sae_width, c.k, c.sae_layer, c.sae_l0) == (
+                optimizer,
+                "16k",
+                50,
+                [layer],
+                [l0],
+            )
+            assert (c.max_length, c.max_prompt_length, c.max_grad_norm) == (2048, 1024, 10.0)
+            assert c.adam_beta2 == 0.999 and c.activation_checkpointing and c.feature_scale == "none"
+    assert "gemma-scope-9b-pt-res" in c.sae
+
+
+def test_help_shows_the_real_defaults():
+    """Of the preset and the method, each flag with its source; at most 46 flags."""
+    command = [sys.executable, ROOT / "train.py", "--preset", "gemma-2-9b", "--method", "simpo", "--help"]
+    text = " ".join(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    for part in (
+        "gradient clip (experiments); 0: none (default: 10.0)",
+        "β (default: 2.0)",
+        "[41]",
+        "rmsprop",
+    ):
+        assert part in text, part
+    assert len(dataclasses.fields(train.Config)) <= 46
 
 
 def test_learning_rate():
     """By hand: linear over 4 steps, then constant; or a cosine over the remaining 6 to 0."""
-    args = train.parse_args(["--lr", "1", "--warmup_steps", "4"])
-    assert [train.learning_rate(s, 10, args) for s in (0, 1, 3, 4, 9)] == [0.25, 0.5, 1.0, 1.0, 1.0]
-    args = train.parse_args(["--lr", "1", "--warmup_ratio", "0.4", "--schedule", "cosine"])
-    assert train.learning_rate(0, 10, args) == 0.25
-    assert train.learning_rate(4, 10, args) == 1.0
-    assert train.learning_rate(7, 10, args) == pytest.approx(0.5)
+    config = train.parse_args(["--lr", "1", "--warmup_steps", "4"])
+    assert [train.learning_rate(s, 10, config) for s in (0, 1, 3, 4, 9)] == [0.25, 0.5, 1.0, 1.0, 1.0]
+    config = train.parse_args(["--lr", "1", "--warmup_ratio", "0.4", "--schedule", "cosine"])
+    assert train.learning_rate(0, 10, config) == 0.25
+    assert train.learning_rate(4, 10, config) == 1.0
+    assert train.learning_rate(7, 10, config) == pytest.approx(0.5)
 
 
 def test_where_training_starts(tmp_path, monkeypatch):
-    """The SFT model where there is one, else the base model with a line that names the SFT command."""
+    """The SFT model where there is one, else the base model; another model's outputs carry its name."""
     monkeypatch.chdir(tmp_path)
-    args = train.parse_args(["--method", "fpo"])
-    assert args.model == args.reference == "google/gemma-2-2b" and "--method sft" in args.start_note
+    config = train.parse_args(["--method", "fpo"])
+    assert config.model == config.reference == "google/gemma-2-2b"
     (tmp_path / "runs/gemma-2-2b/sft/model").mkdir(parents=True)
-    args = train.parse_args(["--method", "fpo"])
-    assert args.model == args.reference == "runs/gemma-2-2b/sft/model"
+    config = train.parse_args(["--method", "fpo"])
+    assert config.model == config.reference == "runs/gemma-2-2b/sft/model"
     assert train.parse_args(["--method", "sft"]).model == "google/gemma-2-2b"
     assert "ultrachat" in train.parse_args(["--method", "sft"]).dataset
-    assert train.parse_args(["--method", "fpo", "--model", "x/y", "--reference", "z"]).reference == "z"
+    own = train.parse_args("--model a/mine --sae s --dataset a.jsonl --eval_dataset b.jsonl".split())
+    assert (own.preset, own.out, own.cache_dir) == ("own", "runs/mine/fpo", "runs/mine/reference")
+    with pytest.raises(UserError, match="--dataset: --preset own needs one"):
+        train.parse_args(["--model", "a/mine"])
 
 
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
         (["--batch_size", "0"], "--batch_size 0: must be at least 1"),
-        (["--lr", "nan"], "--lr nan"),
-        (["--steps", "0"], "--steps 0: must be at least 1"),
-        (["--cache_top", "60"], "at least 4 k = 200"),
-        (["--max_prompt_length", "1024"], "must be below --max_length 1024"),
-        (["--warmup_ratio", "1"], "from 0 to below 1"),
-        (["--sae_layer", "9"], "layer 9"),
-        (["--dataset", "nowhere.jsonl"], "nowhere.jsonl"),
-        (["--model", "./nowhere"], "./nowhere"),
-        (["--sae", "/nowhere"], "/nowhere"),
-        (["--sae_width", "65k"], "512"),
+        (["--lr", "nan"], "--lr nan: must be at least 0"),
+        (["--lr", "-1"], "--lr -1.0"),
+        (["--seed", str(2**70)], "below 2\\^32"),
+        (["--steps", "1.5"], "--steps"),
+        (["--method", "ppo"], "invalid choice: 'ppo' .*fpo"),
+        (["--preset", "llama"], "--preset llama: one of gemma-2-2b"),
+        (["--method", "dpo", "--alpha", "1"], "--alpha 1.0: --method dpo has none"),
+        (["--no_such", "1"], "--no_such 1: no such flag"),
+        (["--warmup_ratio", "1"], "--warmup_ratio 1.0: must be from 0 to below 1"),
+        (["--max_prompt_length", "4096"], "--max_prompt_length 4096: must be below --max_length 1024"),
+        (["--dtype", "tf32"], "needs CUDA"),
+        (["--shard", "fsdp"], "torchrun"),
+        (["--out", "/proc/x"], "/proc"),
+        (["--model", ""], "--model ''"),
+        (["--model", "./missing"], "missing"),
+        (["--dataset", "missing.jsonl"], "missing.jsonl"),
+        (["--sae", "/missing"], "--sae /missing: no such file or directory"),
+        (["--sae_layer", "3", "--sae_l0", "40", "50"], "--sae_l0 .*one value is needed"),
+        (["--sae_l0", "77"], "no average_l0 '77'; it has"),
     ],
-)  # fmt: skip
-def test_wrong_values_end_with_one_line(folder, capsys, flags, says):
-    with pytest.raises(SystemExit) as stop:
-        train.main([*SHORT, *flags])
-    assert stop.value.code == 2
-    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert len(error) == 1 and says in error[0]
+)
+def test_wrong_values_end_before_a_model_is_loaded(folder, monkeypatch, flags, says):
+    def loaded(*args, **kwargs):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(train.AutoModelForCausalLM, "from_pretrained", loaded)
+    with pytest.raises(UserError, match=says) as error:
+        run("--preset", "toy", *flags)
+    assert "\n" not in str(error.value)
 
 
-def test_hub_errors_say_what_to_do():
-    """A gated and a missing repository, as huggingface_hub raises them."""
-    from types import SimpleNamespace
-
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-
-    response = SimpleNamespace(headers={}, request=None)
-    cases = (
-        (GatedRepoError, "a gated repo", "accept its licence"),
-        (RepositoryNotFoundError, "no", "check the name"),
+def test_an_error_is_one_line_for_all_ranks(folder):
+    """Status 2 (torchrun's own report follows); rank 0 alone says it, without a traceback."""
+    out = script(folder, "--preset", "toy", "--sae_layer", "9", ranks=2, status=1)
+    assert (
+        len(re.findall(r"^error: .*no layer 9", out, flags=re.M)) == 1
+        and "Traceback" not in out.split("torch.distributed")[0]
     )
-    for kind, text, says in cases:
-        with pytest.raises(ValueError, match=says), presets.hub_errors("model", "google/gemma-2-2b"):
-            try:
-                raise kind("no", response=response)
-            except kind as error:  # transformers wraps it in an OSError
-                raise OSError(text) from error
+    out = script(folder, "--preset", "toy", "--method", "ppo", status=2)
+    assert out.startswith("error: ") and out.count("\n") == 1
+
+
+# ---- models and references that do not fit
+def save_toy(folder, name, dtype=torch.float32, **change):
+    """The toy model again at `name`: in another dtype, or with its config changed and random weights."""
+    lm = Gemma2ForCausalLM.from_pretrained(folder / "runs/toy/model", dtype=dtype)
+    if change:
+        lm = Gemma2ForCausalLM(type(lm.config)(**{**lm.config.to_dict(), **change}))
+    lm.save_pretrained(folder / name)
+    AutoTokenizer.from_pretrained(folder / "runs/toy/model").save_pretrained(folder / name)
+
+
+def test_models_that_do_not_fit(folder):
+    for flag, name, change, says in (
+        ("--model", "narrow", {"hidden_size": 32}, "reads width 64, the model has 32"),
+        ("--model", "few", {"vocab_size": 100}, "token id .* of a vocabulary of 100"),
+        ("--reference", "wide", {"vocab_size": 5000}, "vocabulary"),
+    ):
+        save_toy(folder, name, **change)
+        with pytest.raises(UserError, match=says):
+            run(*SHORT, flag, f"./{name}")
+    (folder / "adapter").mkdir()
+    (folder / "adapter/adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="this is an adapter"):
+        run(*SHORT, "--model", "./adapter")
+
+
+def test_a_model_saved_in_another_dtype(folder):
+    """bf16 weights train in float32 as the same numbers in a float32 file do; float32 ones train in bf16."""
+    save_toy(folder, "bf16", torch.bfloat16)
+    Gemma2ForCausalLM.from_pretrained(folder / "bf16", dtype=torch.float32).save_pretrained(folder / "wide")
+    AutoTokenizer.from_pretrained(folder / "bf16").save_pretrained(folder / "wide")
+    for name in ("bf16", "wide"):
+        run(*SHORT, "--steps", "2", "--model", f"./{name}", "--out", f"{name}_run")
+    assert [a["loss"] for a in metrics("bf16_run")] == [a["loss"] for a in metrics("wide_run")]
+    run(*SHORT, "--steps", "2", "--dtype", "bfloat16", "--out", "narrow")
+    assert {t.dtype for t in load_file("narrow/model/model.safetensors").values()} == {torch.bfloat16}
+    assert metrics("narrow")[0]["loss"] == pytest.approx(0.6931472, abs=1e-3)

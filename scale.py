@@ -1,0 +1,420 @@
+"""READ LAST: the same numbers, made so that they fit a card's memory and keep it busy.
+
+The head and the SAE's features work in slices: neither (N, V) logits nor (N, m) features exist at once.
+bf16 weights are exact. At lr 5e-7 (Table 5) a weight of 0.02 reaches its next bf16 value only if 122 updates
+are added at once; rounded to nearest, 99 % of updates change nothing. So the float32 master is kept in two
+halves: the bf16 weight that the model computes with, and an int16 `rest`.
+
+Bytes held a parameter on each of R ranks, activations not counted; FSDP2 also holds a layer or two in flight
+
+    how                          weight  gradient  rest  Adam | RMSprop   in all
+    float32, every rank all      4       4               8    | 4         16     | 12
+    bf16, every rank all         2       2         2     8    | 4         14     | 10
+    bf16, `shard=True`           2       2         2/R   8/R  | 4/R       4+10/R | 4+6/R
+    FSDP2, `shard_policy`        4/R     4/R             8/R  | 4/R       16/R   | 12/R
+
+Bytes read and written a bf16 parameter at each step, counted by hand, operation by operation
+
+    device   gradient_norm   scale_gradients_, above the maximum   Adam | RMSprop
+    CPU      18              4                                     170  | 150, in slices
+    CUDA     2               4                                     26   | 18, in one kernel
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import DTensor
+
+# Columns of logits at once. By the device alone: the same states give the same bits in both phases.
+VOCABULARY_SLICE = {"cuda": 8192, "cpu": 1024}
+TOKEN_SLICE = 1024  # tokens whose features are made at once
+SLICE = 2**22  # weights updated at once on the CPU: temporaries stay below 100 MB, whatever the model
+RULES = ("adam", "rmsprop")  # Table 5: Gemma-2-2B, Gemma-2-9B
+
+
+# ---------------------------------------------------------------------------- the head
+def _product(a, b):
+    """a @ b, summed and returned in float32 (float64 where given)."""
+    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(a, b, out_dtype=torch.float32)
+    wide = torch.promote_types(torch.float32, a.dtype)  # exact for a product of bf16 values
+    return a.to(wide) @ b.to(wide)
+
+
+def _logits(states, weight, softcap):
+    """(N, c) logits of a slice of the vocabulary, float32 or wider."""
+    z = _product(states, weight.T)
+    return z if softcap is None else z.div_(softcap).tanh_().mul_(softcap)
+
+
+def _softmax(states, weight, softcap, logsumexp):
+    """(N, c) probabilities of a slice, and d logits / d (states @ weight.T) (None: 1)."""
+    z = _product(states, weight.T)
+    if softcap is None:
+        return z.sub_(logsumexp[:, None]).exp_(), None
+    t = z.div_(softcap).tanh_()
+    p = torch.add(-logsumexp[:, None], t, alpha=softcap).exp_()
+    return p, t.square_().neg_().add_(1)  # d softcap·tanh(z / softcap) / dz = 1 - tanh²
+
+
+def _online(top, mass, inner, z, x):
+    """Fold a slice into the running maximum, Σ exp(z - top) and Σ exp(z - top)·x, each (N,)."""
+    higher = torch.maximum(top, z.amax(1))
+    scale, e = (top - higher).exp(), (z - higher[:, None]).exp()
+    return higher, mass * scale + e.sum(1), inner * scale + ((e * x).sum(1) if x is not None else 0.0)
+
+
+class _TokenStatistics(torch.autograd.Function):
+    """`token_statistics` over slices of the vocabulary, made again in the backward, where each slice of the
+    weight's gradient is written once. Beyond the gradients, memory is a few (N, slice) blocks."""
+
+    @staticmethod
+    def forward(ctx, states, weight, targets, softcap, ref_states, ref_weight, chunk, entropy):
+        rows = torch.arange(len(states), device=states.device)
+        wide = torch.promote_types(torch.float32, states.dtype)
+        zero = torch.zeros(len(states), dtype=wide, device=states.device)  # (N,)
+        # Running maximum, Σ exp(z - max), and Σ exp(z - max)·x, of the policy and of the reference.
+        top, mass, inner = zero - torch.inf, zero, zero
+        ref_top, ref_mass, ref_inner = top, zero, zero
+        chosen = ref_chosen = zero  # the target's logit
+        for v in range(0, len(weight), chunk):
+            z = _logits(states, weight[v : v + chunk], softcap)  # (N, chunk)
+            here = (targets >= v) & (targets < v + z.shape[1])  # is the target in this slice?
+            place = (rows, (targets - v).clamp(0, z.shape[1] - 1))
+            chosen = torch.where(here, z[place], chosen)
+            if ref_states is not None:  # KL(ref ‖ policy) needs the mean of z_ref - z under the reference
+                z_ref = _logits(ref_states, ref_weight[v : v + chunk], softcap)
+                ref_chosen = torch.where(here, z_ref[place], ref_chosen)
+                ref_top, ref_mass, ref_inner = _online(ref_top, ref_mass, ref_inner, z_ref, z_ref - z)
+            top, mass, inner = _online(top, mass, inner, z, z if entropy else None)
+        logsumexp = top + mass.log()  # (N,), all that the backward needs to know of the softmax
+        ref_logsumexp = ref_top + ref_mass.log()
+        ctx.save_for_backward(states, weight, targets, ref_states, ref_weight, logsumexp, ref_logsumexp)
+        ctx.softcap, ctx.chunk = softcap, chunk
+        kl = ref_logps = H = None
+        if ref_states is not None:
+            kl, ref_logps = ref_inner / ref_mass - ref_logsumexp + logsumexp, ref_chosen - ref_logsumexp
+            ctx.mark_non_differentiable(ref_logps)
+        if entropy:
+            H = logsumexp - inner / mass  # -Σ p log p, with log p = z - logsumexp
+            ctx.mark_non_differentiable(H)
+        return chosen - logsumexp, kl, ref_logps, H
+
+    @staticmethod
+    def backward(ctx, g_logp, g_kl, *_):
+        states, weight, targets, ref_states, ref_weight, logsumexp, ref_logsumexp = ctx.saved_tensors
+        rows = torch.arange(len(states), device=states.device)
+        d_states = torch.zeros_like(states, dtype=logsumexp.dtype)  # a sum over all slices: float32
+        d_weight = torch.empty_like(weight)
+        for v in range(0, len(weight), ctx.chunk):
+            W = weight[v : v + ctx.chunk]
+            p, slope = _softmax(states, W, ctx.softcap, logsumexp)  # (N, chunk)
+            if ref_states is None:  # d log p(y) / dz = 1[y] - p
+                g = p.mul_(-g_logp[:, None])
+            else:  # d KL(ref ‖ p) / dz = p - p_ref
+                p_ref, _ = _softmax(ref_states, ref_weight[v : v + ctx.chunk], ctx.softcap, ref_logsumexp)
+                g = p.mul_((g_kl - g_logp)[:, None]).sub_(p_ref.mul_(g_kl[:, None]))
+            here = (targets >= v) & (targets < v + g.shape[1])
+            g[rows, (targets - v).clamp(0, g.shape[1] - 1)] += torch.where(here, g_logp, 0.0)
+            g = (g if slope is None else g.mul_(slope)).to(states.dtype)  # d loss / d (states @ W.T)
+            if g.dtype == d_states.dtype:  # in place, where nothing needs a wider sum
+                d_states.addmm_(g, W)
+                torch.mm(g.T, states, out=d_weight[v : v + ctx.chunk])
+            else:
+                d_states += _product(g, W)
+                d_weight[v : v + ctx.chunk] = _product(g.T, states)
+        return d_states.to(states.dtype), d_weight, *(None,) * 6
+
+
+def token_statistics(
+    states, weight, targets, *, softcap=None, ref_states=None, ref_weight=None, entropy=False
+):
+    """Log-probabilities of N tokens, and the KL and entropy of their distributions, without (N, V) logits.
+
+    Args:
+        states: (N, d), the transformer's last hidden states that predict the tokens.
+        weight: (V, d), the output embedding; states and weight get gradients.
+        targets: (N,) token ids, no -100 among them.
+        softcap: logits are softcap·tanh(logits / softcap); None: as they are.
+        ref_states, ref_weight: (N, d), (V, d) of the reference, for the KL of TDPO (Eq. 3).
+        entropy: also the entropy of each distribution, without gradient.
+    Returns: log π(token), KL(ref ‖ policy), log π_ref(token) and entropy, nats, each (N,) float32 or None.
+    """
+    chunk = VOCABULARY_SLICE["cuda" if states.is_cuda else "cpu"]
+    return _TokenStatistics.apply(states, weight, targets, softcap, ref_states, ref_weight, chunk, entropy)
+
+
+# ---------------------------------------------------------------------------- the SAE's features
+def owner_matrix(owner, responses, dtype):
+    """(responses, N): 1 where token n is one of a response's, by owner (N,). Its product with x (N, …) sums
+    over each response, in the same order every time; `index_add_`, atomic on CUDA, does not."""
+    return (owner == torch.arange(responses, device=owner.device)[:, None]).to(dtype)
+
+
+class _PooledFeatures(torch.autograd.Function):
+    """`pooled_features` over slices of tokens. Of (N, m), a byte each is kept: is the feature active?"""
+
+    @staticmethod
+    def forward(ctx, states, W_enc, b_enc, threshold, mean, chunk):
+        pooled = torch.zeros(len(mean), W_enc.shape[1], dtype=W_enc.dtype, device=states.device)
+        kept = []
+        for i in range(0, len(states), chunk):
+            z = torch.addmm(b_enc, states[i : i + chunk].to(W_enc.dtype), W_enc)  # (chunk, m)
+            active = z > threshold  # JumpReLU: z itself where it passes, else 0
+            pooled.addmm_(mean[:, i : i + chunk], torch.where(active, z, 0.0))  # (responses, m)
+            if ctx.needs_input_grad[0]:
+                kept.append(active)
+        ctx.save_for_backward(W_enc, mean, *kept)
+        ctx.dtype, ctx.chunk = states.dtype, chunk
+        return pooled
+
+    @staticmethod
+    def backward(ctx, g):
+        W_enc, mean, *kept = ctx.saved_tensors
+        if not g.is_cuda:  # where counting waits for nothing
+            # D_FPO sends gradients to at most 2 k features of a response, so most columns may be left out.
+            columns = g.any(0).nonzero().flatten()
+            if 2 * len(columns) < g.shape[1]:
+                g, W_enc = g[:, columns], W_enc[:, columns]
+                kept = [active[:, columns] for active in kept]
+        d_states = torch.empty(mean.shape[1], len(W_enc), dtype=ctx.dtype, device=g.device)
+        for i, active in zip(range(0, len(d_states), ctx.chunk), kept, strict=True):
+            d_c = mean[:, i : i + ctx.chunk].T @ g  # (chunk, columns)
+            d_states[i : i + ctx.chunk] = torch.where(active, d_c, 0.0) @ W_enc.T
+        return d_states, *(None,) * 5
+
+
+def pooled_features(states, sae, owner, lengths):
+    """c̄: the SAE's features averaged over each response's positions (Eq. 5, Eq. 10).
+
+    Args:
+        states: (N, d), what the SAE reads at the N positions; gradient goes to them alone.
+        sae: a JumpReLUSAE, m features.
+        owner, lengths: (N,), the response of each position; (responses,), positions of each, perhaps 0.
+    Returns: (responses, m) float32.
+    """
+    mean = owner_matrix(owner, len(lengths), sae.W_enc.dtype) / lengths.clamp(min=1)[:, None]
+    return _PooledFeatures.apply(states, sae.W_enc, sae.b_enc, sae.threshold, mean, TOKEN_SLICE)
+
+
+# ---------------------------------------------------------------------------- float32 in two halves
+def split(master):
+    """A float32 master, any but NaN, as a bfloat16 weight and an int16 rest of its shape: nothing is lost.
+
+    The weight is the master rounded to nearest, ties away from zero: ties to even would need a 17th bit.
+    Masters that round above bf16's largest have an infinite weight; the halves still join exactly.
+    """
+    bits = master.view(torch.int32)  # sign and magnitude: adding to the bits adds to the magnitude
+    high = (bits + 0x8000) >> 16  # half a unit of bf16 added, then cut off: rounded to nearest
+    return high.to(torch.int16).view(torch.bfloat16), (bits - (high << 16)).to(torch.int16)
+
+
+def join(weight, rest):
+    """The float32 master that `split` gave weight, bfloat16, and rest, int16, for: bit for bit."""
+    return ((weight.view(torch.int16).to(torch.int32) << 16) + rest).view(torch.float32)
+
+
+def _local(tensor):
+    """What this rank holds of a tensor: its shard of a DTensor, else all of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+# ---------------------------------------------------------------------------- the optimizer
+def adam_(master, g, exp_avg, exp_avg_sq, *, step_size, root, betas, eps):
+    """Step t of Adam, in place, float32. step_size lr / (1 - β1^t), root √(1 - β2^t): float or () tensor."""
+    beta1, beta2 = betas
+    exp_avg.lerp_(g, 1 - beta1)  # m = β1 m + (1 - β1) g
+    exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)  # v = β2 v + (1 - β2) g²
+    master.addcdiv_(exp_avg * -step_size, exp_avg_sq.sqrt().div_(root).add_(eps))
+
+
+def rmsprop_(master, g, square_avg, *, step_size, alpha, eps):
+    """A step of RMSprop, in place, float32. step_size, lr: float or () tensor."""
+    square_avg.mul_(alpha).addcmul_(g, g, value=1 - alpha)  # v = α v + (1 - α) g²
+    master.addcdiv_(g * -step_size, square_avg.sqrt().add_(eps))
+
+
+def update_(rule, weight, g, rest=None, **averages_and_numbers):
+    """A step of `rule`, in place, on a float32 weight, or on the master of a bf16 weight and its rest."""
+    master = weight if rest is None else join(weight, rest)
+    rule(master, g.float(), **averages_and_numbers)
+    if rest is not None:
+        for half, new in zip((weight, rest), split(master), strict=True):
+            half.copy_(new)
+
+
+@functools.cache
+def fused_update():
+    """`update_` as one kernel, for any number of weights: each value is read and written once."""
+    # fullgraph: beyond torch's limit of compilations it raises, where else it would run eager in silence.
+    fused = torch.compile(update_, dynamic=True, fullgraph=True)
+    # Floats are compiled in: left to be dynamic, torch 2.13 computes with those of an earlier call
+    # (github.com/pytorch/pytorch/issues/194976). What changes from step to step comes as () tensors.
+    return torch._dynamo.config.patch(specialize_float=True)(fused)
+
+
+class ExactOptimizer(torch.optim.Optimizer):
+    """Adam (2B) or RMSprop (9B), Table 5, with the updates of float32 weights for bf16 weights too.
+
+    On the CPU float32 weights are bit-equal to those of torch.optim.Adam or RMSprop, foreach=False. bf16
+    weights are, bit for bit, `split` of the float32 weights that the same gradients would train: no update is
+    lost that float32 keeps. A step allocates nothing of a model's size and does not wait for the device.
+
+    Fused, a product and a sum are rounded once. On the CPU, after 200 steps at lr 5e-7, this leaves 0.6 % of
+    the masters (RMSprop: 0.4 %) up to 0.0075 lr, 2 units of `rest`, from the unfused ones; bf16 weights are
+    still exactly `split` of fused float32 ones, and no update is lost. Not run on CUDA.
+
+    State of a parameter, in its shape (a DTensor's: the local shard): exp_avg and exp_avg_sq, or square_avg,
+    float32; for bf16 rest, int16; for Adam step, int64 on the CPU. With the weights they make a resume exact.
+
+    Args:
+        params, lr, eps: as torch.optim's; float32 or bfloat16; `param_groups` may change lr between steps.
+        rule: "adam" or "rmsprop".
+        betas, alpha: of Adam and of RMSprop. The paper names none; its experiments ran with torch's defaults.
+        fused: compile the update into one kernel; None: on CUDA.
+    Raises: ValueError for another rule, or a dtype in which updates would round away.
+    """
+
+    def __init__(self, params, lr, *, rule="adam", betas=(0.9, 0.999), alpha=0.99, eps=1e-8, fused=None):
+        super().__init__(params, {"lr": lr, "rule": rule, "betas": betas, "alpha": alpha, "eps": eps})
+        self.fused = fused
+        if rule not in RULES:
+            raise ValueError(f"optimizer {rule!r}: one of {', '.join(RULES)}")
+        if odd := {p.dtype for g in self.param_groups for p in g["params"]} - {torch.float32, torch.bfloat16}:
+            raise ValueError(f"{odd} weights: float32 or bfloat16; in others updates would round away")
+
+    def new_state(self, parameter, rule):
+        """The state that a parameter starts with."""
+        weight, averages = _local(parameter), ("exp_avg", "exp_avg_sq") if rule == "adam" else ("square_avg",)
+        state = {name: torch.zeros_like(weight, dtype=torch.float32) for name in averages}
+        if weight.dtype == torch.bfloat16:
+            state["rest"] = torch.zeros_like(weight, dtype=torch.int16)
+        return state | ({"step": torch.zeros((), dtype=torch.int64)} if rule == "adam" else {})
+
+    @torch.no_grad()
+    def step(self):  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self.state[parameter] = self.state[parameter] or self.new_state(parameter, group["rule"])
+                    self._update(parameter, self.state[parameter], group)
+
+    def _update(self, parameter, state, group):
+        rule: Callable
+        if group["rule"] == "adam":
+            state["step"] += 1
+            t, (beta1, beta2) = int(state["step"]), group["betas"]
+            changing = {"step_size": group["lr"] / (1 - beta1**t), "root": (1 - beta2**t) ** 0.5}
+            rule, fixed = adam_, {"betas": group["betas"], "eps": group["eps"]}
+        else:
+            changing = {"step_size": group["lr"]}
+            rule, fixed = rmsprop_, {"alpha": group["alpha"], "eps": group["eps"]}
+        tensors = {"weight": parameter, "g": parameter.grad} | state
+        flat = {name: _local(x).detach().view(-1) for name, x in tensors.items() if name != "step"}
+        if parameter.is_cuda if self.fused is None else self.fused:  # filled there: a copy would wait
+            changing = {name: torch.full((), x, device=parameter.device) for name, x in changing.items()}
+            return fused_update()(rule, **flat, **changing, **fixed)
+        for i in range(0, flat["g"].numel(), SLICE):
+            update_(rule, **{name: x[i : i + SLICE] for name, x in flat.items()}, **changing, **fixed)
+
+    def load_state_dict(self, state_dict):
+        """Copy states in, bit for bit: torch's own would cast them. ValueError where they don't fit."""
+        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})  # lr and the rest
+        for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            for parameter, number in zip(group["params"], saved_group["params"], strict=True):
+                if (saved := state_dict["state"].get(number)) is None:
+                    continue  # it never had a gradient
+                state = self.new_state(parameter, group["rule"])
+                found, needed = ({k: (*t.shape, t.dtype) for k, t in s.items()} for s in (saved, state))
+                if found != needed:
+                    raise ValueError(f"states of parameter {number}: {found}; needed: {needed}")
+                self.state[parameter] = {name: tensor.copy_(saved[name]) for name, tensor in state.items()}
+
+
+def make_optimizer(rule, parameters, lr, *, shard, betas=(0.9, 0.999), fused=None):
+    """A run's ExactOptimizer, or a ZeroRedundancyOptimizer with one as `.optim`; `param_groups` set lr.
+
+    With `shard` and several ranks, each has the states of its share of the parameters, updates it and sends
+    it to the others: the same bits as without. Parameters of `shard_policy` are sharded already. All are of
+    one dtype, with the same values on every rank; the other arguments are ExactOptimizer's.
+    """
+    parameters, options = list(parameters), {"lr": lr, "rule": rule, "betas": betas, "fused": fused}
+    alone = not dist.is_initialized() or dist.get_world_size() == 1
+    if alone or not shard or isinstance(parameters[0], DTensor):
+        return ExactOptimizer(parameters, **options)
+    return ZeroRedundancyOptimizer(parameters, ExactOptimizer, **options)  # updates, then broadcasts
+
+
+# ---------------------------------------------------------------------------- gradients
+@torch.no_grad()
+def gradient_norm(parameters):
+    """() float32, the norm of all gradients together, over all shards (DTensors: on one mesh). Does not wait
+    for the device. Where it is not finite, the gradients are void: don't step."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if gradients[0].is_cuda:  # one pass, without a copy in float32
+        squares = [torch.linalg.vector_norm(_local(g), dtype=torch.float32).square() for g in gradients]
+    else:  # sums are pairwise here; vector_norm adds in a row on the CPU (8e-5 off at 2^22 elements)
+        squares = [part.float().square().sum() for g in gradients for part in _local(g).view(-1).split(SLICE)]
+    total = torch.stack(squares).double().sum()  # hundreds of parts: nothing is lost by adding them
+    if isinstance(gradients[0], DTensor):
+        dist.all_reduce(total, group=gradients[0].device_mesh.get_group())  # the other ranks' shards
+    return total.sqrt().float()
+
+
+@torch.no_grad()
+def scale_gradients_(parameters, factor: float):
+    """Multiply every gradient by `factor`, in place; each value is rounded once. To clip, call it with
+    max_norm / (norm + 1e-6), and only where `gradient_norm` gave more than max_norm."""
+    for parameter in parameters:
+        if parameter.grad is not None:
+            _local(parameter.grad).mul_(factor)
+
+
+# ---------------------------------------------------------------------------- FSDP2
+def shard_layers(lm, *, dtype=torch.bfloat16, device=None):
+    """Shard each of `lm.model.layers` over the ranks; a layer is whole, in `dtype`, only while it computes.
+
+    From the CPU they go to `device` (None: the model's) one by one. Returns the root's `fully_shard` options.
+    """
+    mesh = init_device_mesh(torch.device(device or lm.device).type, (dist.get_world_size(),))
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for layer in lm.model.layers:  # a layer without a root over it would stay whole after its forward
+        fully_shard(layer, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
+    return {"mesh": mesh, "mp_policy": precision}
+
+
+def shard_policy(policy, *, dtype=torch.bfloat16, device=None):
+    """Shard a Policy over the ranks in place, FSDP2: each layer, then what is left (the embedding) as root.
+
+    The order: activation checkpointing, Policy with its hooks, this, the optimizer. The shards are the
+    float32 masters; `dtype` is the computation's. The root is the policy, since its forward uses the head's
+    weight: with the body as root the head would part from the embedding in silence. Of a held reference
+    (TDPO) the embedding stays whole: load it in `dtype`. After a forward under no_grad call
+    `policy.reshard()`. Every rank must call forward equally often. ValueError for other weights than float32.
+    """
+    lm = policy.lm
+    if odd := {p.dtype for p in lm.parameters()} - {torch.float32}:
+        raise ValueError(f"{odd} weights: the shards are the masters, so they must be float32")
+    options = shard_layers(lm, dtype=dtype, device=device)
+    for reference in policy.reference:  # TDPO's, outside the policy's module tree
+        shard_layers(reference, dtype=dtype, device=device)
+    fully_shard(policy, **options)
+
+
+def full_state_dict(policy):
+    """The model's weights on rank 0's CPU, gathered one by one, tied ones once: `save_pretrained` takes them
+    as state_dict. {} on other ranks; every rank must call it."""
+    main = not dist.is_initialized() or dist.get_rank() == 0
+    state, seen = dict[str, torch.Tensor](), set()
+    for name, tensor in policy.lm.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:  # tied weights are one tensor under two names
+            seen.add(id(tensor))
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor  # every rank sends
+            state |= {name: whole.detach().cpu()} if main else {}
+    return state
