@@ -1,15 +1,12 @@
-"""From text to tensors: the one path of training, reference pass and evaluation. Helpers of files and ranks.
+"""From text to tensors, the one path of training, reference pass and evaluation; helpers of files and ranks.
 
     records   JSON lines, or any data set that Hugging Face's `datasets` reads
     Chat      messages -> token ids, exactly those that the tokenizer's chat template writes
     Pairs     token ids of prompt, chosen and rejected, memory-mapped
     Batch     rows of tokens for the transformer; the response tokens, flat, for everything after it
 
-Two layouts of a batch hold the same pairs, and give the same values up to rounding:
-
-    shared     one row per pair, the prompt computed once    [prompt | chosen | rejected]
-    separate   one row per response                          [prompt | chosen], [prompt | rejected]
-
+Two layouts of a batch give the same values up to rounding. "shared" has one row per pair, [prompt | chosen |
+rejected], the prompt computed once; "separate" has two rows, [prompt | chosen] and [prompt | rejected].
 In a shared row the positions of the rejected response restart at the prompt's end, and neither response sees
 the other: a query sees the keys with  k <= q,  doc[k] == doc[q]  and  segment[k] in {0, segment[q]}.
 """
@@ -44,6 +41,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+# The ending of a local file, and the reader of `datasets`; JSON lines are parsed here, each by itself.
 FORMATS = {".jsonl": "text", ".json": "json", ".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant"}
 ROLES |= {"system": "system", "developer": "system"}
@@ -67,11 +65,13 @@ HALOS_TURNS = (
 )
 
 # One row per record; of one that is left out nothing but its notes.
-PARTS = ("prompt", "chosen", "rejected")
-COLUMNS = dict.fromkeys(PARTS, pa.list_(pa.int32()))  # token ids
-COLUMNS["is_target"] = pa.list_(pa.int8())  # of chosen: 0 for the user's turns within an SFT conversation
-COLUMNS["opening"] = pa.list_(pa.int32())  # what the template adds to the prompt where a response is sampled
-COLUMNS["notes"] = pa.list_(pa.string())  # what was changed, or why it was left out
+COLUMNS = {
+    "tokens": pa.list_(pa.int32()),  # prompt, chosen, rejected, one after the other
+    "sizes": pa.list_(pa.int32()),  # how many tokens each of them has
+    "is_target": pa.list_(pa.int8()),  # of chosen: 0 for what the user says within an SFT conversation
+    "opening": pa.list_(pa.int32()),  # what the template adds to the prompt where a response is sampled
+    "notes": pa.list_(pa.string()),  # what was changed, or why the record is left out
+}
 SCHEMA = pa.schema(COLUMNS)
 SHARE = 2500  # records for which a process more pays
 
@@ -92,43 +92,40 @@ class Unusable(Exception):
 def read_records(source: str):
     """The records of a data set, a memory-mapped `datasets.Dataset`; of a .jsonl file its lines, as `text`.
 
-    Args:
-        source: a local file (FORMATS, also .gz) or folder, or a data set of the hub: NAME, NAME:SPLIT or
-            NAME:CONFIG:SPLIT. The split is "train" where none is named.
-    Raises:
-        UserError: no such file, data set, configuration or split.
+    source: a local file (FORMATS, also .gz) or folder, or a data set of the hub: NAME, NAME:SPLIT or
+    NAME:CONFIG:SPLIT; the split is "train" unless named. UserError where there is none.
     """
     import datasets  # takes a second: only where data is read
 
     # At each colon but those of a slice, as in train[:100].
     name, *where = [source] if os.path.exists(source) else re.split(r":(?![^\[]*\])", source)
     *config, split = where or ["train"]
+    # None: a folder, or a name of the hub.
     reader = FORMATS.get(Path(name.removesuffix(".gz")).suffix)
     if len(config) > 1 or (os.path.isfile(name) and reader is None):
         endings = ", ".join(FORMATS)
         raise UserError(f"data set {source!r}: files end in {endings}; others are NAME:CONFIG:SPLIT at most")
-    cache, options = Path(datasets.config.HF_DATASETS_CACHE), {"split": split}
+    cache, options = Path(datasets.config.HF_DATASETS_CACHE), {"data_files": name} if reader else {}
     if reader and os.path.isfile(name):  # its content, not its time, tells which copy in the cache is its own
         with open(name, "rb") as file:
             cache /= hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    if reader:
-        options["data_files"] = name
     if reader == "text":  # a byte that is no UTF-8 becomes \xff, which is no JSON: only its line is left out
         options |= {"encoding": "utf-8-sig", "encoding_errors": "backslashreplace"}
     with hub_errors("data set", source):
-        return datasets.load_dataset(reader or name, *config, cache_dir=str(cache), **options)
+        return datasets.load_dataset(reader or name, *config, split=split, cache_dir=str(cache), **options)
 
 
 def to_messages(value, role: str, transcript: bool = True) -> list[dict]:
     """A field as messages {"role", "content"}: from a text of `role`, a transcript, or a list of messages."""
     if isinstance(value, str) and transcript and TRANSCRIPT.match(value):
         _, *turns = re.split(r"(?:^\s*|\n\n)(Human|Assistant): ?", value)
+        # ["Human", text, "Assistant", text, …]
         value = [{"role": who, "content": text} for who, text in zip(turns[::2], turns[1::2], strict=True)]
     elif isinstance(value, str):
         value = [{"role": role, "content": value}]
     messages = []
     for given in [] if value is None else value if isinstance(value, list) else [value]:
-        given = given if isinstance(given, dict) else {}
+        given = given if isinstance(given, dict) else {}  # without a role: refused below
         who = str(given.get("role") or given.get("from")).lower()
         content = given.get("value") if given.get("content") is None else given["content"]
         if isinstance(content, list) and all(part["type"] == "text" for part in content):
@@ -143,9 +140,11 @@ def to_messages(value, role: str, transcript: bool = True) -> list[dict]:
 def join(*parts: list[dict]) -> list[dict]:
     """One conversation of parts that may repeat each other; the system speaks first, in one message."""
     talk: list[dict] = []
+    # Each text of the system once, in order.
     system = dict.fromkeys(m["content"] for part in parts for m in part if m["role"] == "system")
     for part in parts:
         new = [message for message in part if message["role"] != "system"]
+        # Compared without the white space around a text.
         said, saying = ([(m["role"], m["content"].strip()) for m in some] for some in (talk, new))
         if any(saying[i : i + len(said)] == said for i in range(len(new))):
             talk = new  # the part says all of it again
@@ -170,6 +169,7 @@ def to_pair(record: dict, names=("chosen", "rejected")) -> tuple[list[dict], lis
     for name, side in zip(names, sides, strict=True):
         if not side or side[-1]["role"] != "assistant":
             raise Unusable(f"{name} does not end with the assistant's turn" if side else f"no field {name!r}")
+    # What stands before the response must be the same on both sides.
     if any(side[:-1] != sides[0][:-1] for side in sides):
         raise Unusable("chosen and rejected answer different prompts")
     prompt = join(to_messages(record.get("system") or None, "system"), prompt, sides[0][:-1])
@@ -186,6 +186,7 @@ def to_conversation(record: dict) -> list[dict]:
         system = to_messages(record.get("system") or None, "system")
         messages = join(system, to_messages(record["messages"], "user"))
     else:
+        # A pair with one side.
         names = [name for name in ("chosen", "completion") if record.get(name) is not None]
         prompt, answers = to_pair(record, (names or ["response"])[:1])
         messages = prompt + answers
@@ -208,12 +209,8 @@ class Chat:
 
     Nothing is tokenised alone, stripped or spelled out: prompt and response are parts of one conversation.
 
-    Args:
-        chat_format: what a tokenizer without a template gets. "auto": Gemma's turns if it has their tokens,
-            else the Halos format; "halos": that in any case.
-    Attributes:
-        end: the token that ends the assistant's turn.
-        appends_end: whether it is EOS, appended, since the template ends no turn.
+    chat_format: what a tokenizer without a template gets. "auto": Gemma's turns if it has their tokens, else
+    the Halos format; "halos": that in any case.
     """
 
     def __init__(self, tokenizer, chat_format: str = "auto"):
@@ -222,10 +219,14 @@ class Chat:
             tokenizer.chat_template = GEMMA_TURNS if gemma else HALOS_TURNS
         if chat_format != "auto" and tokenizer.chat_template != HALOS_TURNS:
             raise UserError(f"chat_format {chat_format!r}: the tokenizer has a chat template of its own")
+        # Every special token but <unk>, which any text may hold.
         special = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         special.pop(tokenizer.unk_token_id, None)
-        self.typed = re.compile("|".join(map(re.escape, special.values())) or "(?!)")
         self.tokenizer, self.special, self.keeps_system = tokenizer, set(special), True
+        self.typed = re.compile(
+            "|".join(map(re.escape, special.values())) or "(?!)"
+        )  # one of them, in a text
+        # How a turn ends, seen from a short talk: by the template's last special token, else EOS is appended.
         user, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
         try:
             asked, whole = self.ids([user], ask=True), self.ids([user, answer])
@@ -235,10 +236,11 @@ class Chat:
         self.appends_end, self.end = not ends, ends[-1] if ends else tokenizer.eos_token_id
         if self.end is None:
             raise UserError("the tokenizer has no EOS, its chat template no end of an assistant's turn")
-        try:  # a template may write the system's message, refuse it, or skip it
+        # A template may write the system's message, refuse it, or skip it in silence.
+        try:
             one, other = (self.ids([{"role": "system", "content": text}, user], ask=True) for text in "cd")
             self.keeps_system = one != other
-        except TemplateError:
+        except Exception:
             self.keeps_system = False
 
     def ids(self, messages: list[dict], ask: bool = False) -> list[int]:
@@ -247,6 +249,7 @@ class Chat:
             asked = messages[1:2] if messages[1:] and messages[1]["role"] == "user" else []
             text = "\n\n".join(message["content"] for message in [messages[0], *asked])
             messages = [{"role": "user", "content": text}, *messages[1 + len(asked) :]]
+        # It adds no special tokens of its own: BOS stands where the template writes it.
         quiet = {"return_dict": False, "tokenizer_kwargs": {"verbose": False}}
         return self.tokenizer.apply_chat_template(messages, add_generation_prompt=ask, **quiet)
 
@@ -263,42 +266,55 @@ class Chat:
         if n < len(asked) and n + 1 < len(self.ids(prompt)):
             raise Unusable("the chat template rewrites the prompt when it is answered")
         for ids in wholes:
+            # What follows the end, a line break say, opens no answer: it is left away.
             ends = [i for i in range(n, len(ids)) if ids[i] in self.special and not self.appends_end]
             responses.append(ids[n : ends[-1] + 1] if ends else ids[n:])
         return asked[:n], responses, asked[n:]
 
     def conversation(self, messages: list[dict], notes: list[str]):
-        """SFT's (prompt, the rest, which of it are answers, what the template adds to the prompt), as ids.
+        """As `pair`, for SFT: the response is all that follows the first answer's prompt; also its targets.
 
-        An answer is learnt if the ids of the conversation up to it are a start of the whole's.
+        An answer is a target if the ids of the conversation up to it are a start of the whole's.
         """
         answers = [i for i, message in enumerate(messages) if i and message["role"] == "assistant"]
+        # Each answer by itself: (tokens before it, [its tokens], …).
         turns = [self.pair(messages[:i], messages[i : i + 1]) for i in answers]
         whole = turns[-1][0] + turns[-1][1][0]
         kept = [(len(x), len(y), opening) for x, (y,), opening in turns if x + y == whole[: len(x) + len(y)]]
         if len(kept) < len(turns):
             notes.append("earlier answers not learnt: the chat template rewrites them")
+        # The prompt ends where the first answer that is learnt begins.
         is_target = [int(any(0 <= i - x < y for x, y, _ in kept)) for i in range(len(whole))]
         start, _, opening = kept[0]
-        return whole[:start], whole[start:], is_target[start:], opening
+        return whole[:start], [whole[start:]], opening, is_target[start:]
+
+
+def make_row(parts: list, is_target=None, opening=(), notes=()) -> dict:
+    """A row of SCHEMA. parts: token ids of prompt, chosen and, but for SFT, rejected."""
+    prompt, chosen, rejected = [*parts, []][:3]
+    is_target = [1] * len(chosen) if is_target is None else [int(mark) for mark in is_target][: len(chosen)]
+    sizes = [len(prompt), len(chosen), len(rejected)]
+    values = ([*prompt, *chosen, *rejected], sizes, is_target, opening, notes)
+    return dict(zip(COLUMNS, values, strict=True))
 
 
 def encode(record: dict, chat: Chat, sft: bool, max_length: int, max_prompt_length: int) -> dict:
     """A record as a row of SCHEMA; Unusable, with the reason, where it must be left out."""
     if record.keys() == {"text"}:  # a line of a .jsonl file
         if not record["text"].strip():
-            return {}
+            return {}  # a blank line: neither used nor counted
         try:
             record = json.loads(record["text"])
         except (ValueError, RecursionError):
             raise Unusable("not JSON") from None
     if not isinstance(record, dict) or any(record.get(field) for field in MEDIA):
         raise Unusable("not a record of texts alone")
-    notes, is_target = [], None
+    notes: list[str] = []
+    is_target = None
+    # Record -> messages -> token ids.
     if sft:
         messages = to_conversation(record)
-        prompt, chosen, is_target, opening = chat.conversation(messages, notes)
-        sides = [chosen]
+        prompt, sides, opening, is_target = chat.conversation(messages, notes)
     else:
         asked, answers = to_pair(record)
         messages = asked + answers
@@ -307,6 +323,7 @@ def encode(record: dict, chat: Chat, sft: bool, max_length: int, max_prompt_leng
         notes.append("special tokens typed in a text")
     if chat.appends_end:
         sides = [[*side, chat.end] for side in sides]
+        is_target = is_target and [*is_target, 1]
         notes.append("EOS appended: the chat template ends no turn")
     # As the authors cut: nothing while both fit, else the prompt (ours: its beginning), then the responses.
     longest = max(map(len, sides))
@@ -314,17 +331,13 @@ def encode(record: dict, chat: Chat, sft: bool, max_length: int, max_prompt_leng
         bos = [token for token in prompt[:1] if token == chat.tokenizer.bos_token_id]
         prompt = bos + prompt[len(prompt) - max_prompt_length + len(bos) :]
         notes.append("prompt cut")
-    room = max_length - len(prompt)
+    room = max_length - len(prompt)  # at least 1, since max_prompt_length < max_length
     if longest > room:
         notes.append("response cut")
-    chosen, *rejected = [side[:room] for side in sides]
+    chosen, *rejected = (side[:room] for side in sides)
     if not prompt or rejected == [chosen]:
         raise Unusable("identical responses" if prompt else "prompt is empty")
-    is_target = ([1] * len(chosen) if is_target is None else [*is_target, 1])[
-        : len(chosen)
-    ]  # 1: EOS, if appended
-    values = (prompt, chosen, rejected[0] if rejected else [], is_target, opening, notes)
-    return dict(zip(COLUMNS, values, strict=True))
+    return make_row([prompt, chosen, *rejected], is_target, opening, notes)
 
 
 def tokenise(batch, **options) -> pa.Table:
@@ -332,8 +345,10 @@ def tokenise(batch, **options) -> pa.Table:
     rows = []
     for record in zip(*batch.values(), strict=True):
         try:
+            # Any error is that of the record: how many there are tells.
             rows.append(encode(dict(zip(batch, record, strict=True)), **options))
         except Exception as error:
+            # Of other errors the kind alone: their texts differ from record to record, and would not add up.
             what = error if isinstance(error, (Unusable, TemplateError)) else type(error).__name__
             rows.append({"notes": [f"left out: {what!s:.100}"]})
     return pa.Table.from_pylist(rows, schema=SCHEMA)
@@ -342,56 +357,51 @@ def tokenise(batch, **options) -> pa.Table:
 class Pairs:
     """Tokenised pairs. Their tokens stay on disk, memory-mapped: one copy serves all ranks.
 
-    Args:
-        rows: a table of SCHEMA; or of each pair (prompt, chosen, rejected), lists of token ids, with the
-            target mask of chosen as a fourth where it has one.
-    Attributes:
-        sizes: (n, 3) int64, tokens of prompt, chosen and rejected (0 in SFT).
-        notes: Counter of what was changed or left out, by reason.
+    `sizes` (n, 3) int64: tokens of prompt, chosen and rejected (0 in SFT). `notes`: a Counter of what was
+    changed or left out. rows: a table of SCHEMA, or lists of token ids for each pair, (prompt, chosen,
+    rejected), perhaps with the target mask of chosen as a fourth.
     """
 
     def __init__(self, rows, notes=None):
         if not isinstance(rows, pa.Table):
-            full = [(x, w, l, list(map(int, mask[0])) if mask else [1] * len(w)) for x, w, l, *mask in rows]
-            rows = [dict(zip(COLUMNS, row, strict=False)) for row in full]
-            rows = pa.Table.from_pylist(rows, schema=SCHEMA)
-        lengths = [compute.fill_null(compute.list_value_length(rows[part]), 0) for part in PARTS]
-        sizes = torch.tensor(np.stack([column.to_numpy() for column in lengths], 1)).long()
-        self.kept = sizes[:, 0].nonzero()[:, 0].tolist()  # (n,) a record that was left out has no prompt
-        self.table, self.sizes = rows, sizes[self.kept]
+            rows = pa.Table.from_pylist([make_row(row[:3], *row[3:]) for row in rows], schema=SCHEMA)
+        self.table, sizes = rows, compute.list_flatten(rows["sizes"]).to_numpy()  # null where left out
+        self.kept = compute.indices_nonzero(compute.is_valid(rows["sizes"])).to_pylist()  # (n,) rows
+        self.sizes = torch.from_numpy(sizes.astype(np.int64)).view(-1, 3)
         self.notes = Counter(compute.list_flatten(rows["notes"]).to_pylist()) + Counter(notes)
 
     def __len__(self) -> int:
         return len(self.kept)
 
     def read(self, i: int, column: str) -> torch.Tensor:
-        """One pair's list in a column, int64: about 5 µs, wherever it stands."""
-        values = self.table[column][self.kept[i]].values
-        return torch.from_numpy(values.to_numpy().astype(np.int64)) if values else torch.empty(0).long()
+        """One pair's list in a column, int64: some µs, wherever it stands on the disk."""
+        values = self.table[column][self.kept[i]].values.to_numpy()
+        return torch.from_numpy(values.astype(np.int64))
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor, ...]:
         """(prompt, chosen, rejected), token ids."""
-        return tuple(self.read(i, part) for part in PARTS)
+        return self.read(i, "tokens").split(self.sizes[i].tolist())
 
     def sampling_prompt(self, i: int) -> torch.Tensor:
         """The prompt as the template renders it for sampling, the answer opened."""
-        return torch.cat([self.read(i, "prompt"), self.read(i, "opening")])
+        return torch.cat([self[i][0], self.read(i, "opening")])
 
     def row_lengths(self, layout: str, multiple: int = 1) -> torch.Tensor:
         """(n,) tokens that a pair takes in rows padded to a `multiple`: in one row (shared), or in two."""
         prompt, chosen, rejected = self.sizes.unbind(1)
         shared = layout == "shared"
+        # The longest row of a pair, padded, times its rows: SFT has one.
         row = prompt + (chosen + rejected if shared else torch.maximum(chosen, rejected))
         return (row + multiple - 1) // multiple * multiple * torch.where(shared | (rejected == 0), 1, 2)
 
     def largest_token(self) -> int:
         """The largest token id."""
-        return max(compute.max(compute.list_flatten(self.table[part])).as_py() or 0 for part in PARTS)
+        return compute.max(compute.list_flatten(self.table["tokens"])).as_py()
 
     def digest(self) -> str:
         """sha256 of tokens, targets and sizes: the data's part of a reference cache's identity."""
         total = hashlib.sha256(self.sizes.numpy().data)
-        for column in (*PARTS, "is_target"):
+        for column in ("tokens", "is_target"):
             for chunk in self.table[column].chunks:  # however a file is divided, its bytes follow each other
                 total.update(chunk.flatten().to_numpy())
         return total.hexdigest()
@@ -400,35 +410,28 @@ class Pairs:
 def load_pairs(
     source: str, tokenizer, *, max_length=1024, max_prompt_length=512, sft=False, chat_format="auto"
 ) -> Pairs:
-    """Read and tokenise a data set, in parallel. The result stays on disk, for later runs and other ranks.
+    """Read and tokenise a data set in parallel. The result stays on disk, for later runs and for other ranks.
 
     A pair that is too long is cut as the authors cut it: nothing while prompt and longer response fit
     `max_length`; else the prompt to `max_prompt_length` (its beginning goes, BOS stays), then the responses.
+    sft: one response per record; of a conversation every assistant's turn. See `read_records`, `Chat`.
 
-    Args:
-        source: see `read_records`.
-        max_length, max_prompt_length: tokens of prompt and one response, and of the prompt.
-        sft: one response per record; of a conversation, every assistant's turn.
-        chat_format: see `Chat`.
-    Raises:
-        UserError: nothing can be read, or more than half of the records are left out.
+    Raises: UserError where nothing can be read, or more than half of the records are left out.
     """
     import datasets
 
     if not 0 < max_prompt_length < max_length:
-        need = f"must be at least 1, and below max_length {max_length}"
-        raise UserError(f"max_prompt_length {max_prompt_length}: {need}")
-    chat = Chat(tokenizer, chat_format)
+        raise UserError(f"max_prompt_length {max_prompt_length}: from 1 to below max_length {max_length}")
+    chat = Chat(tokenizer, chat_format)  # on every rank: it may give the tokenizer its template
     options = {"sft": sft, "max_length": max_length, "max_prompt_length": max_prompt_length}
     datasets.disable_progress_bars()
     with rank_0_first():
         records = read_records(source)
         # All that the tokens depend on. What `datasets` would hash of a tokenizer differs from run to run.
-        vocabulary = getattr(tokenizer, "backend_tokenizer", None)
-        vocabulary = vocabulary.to_str() if vocabulary else sorted(tokenizer.get_vocab().items())
-        parts = [vocabulary, tokenizer.special_tokens_map, tokenizer.chat_template, options]
+        rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else str(tokenizer.get_vocab())
+        parts = [rules, tokenizer.special_tokens_map, tokenizer.chat_template, options]
         parts += [records._fingerprint, Path(__file__).read_text()]
-        workers = min(os.cpu_count() or 1, len(records) // SHARE)
+        workers = min(os.cpu_count() or 1, len(records) // SHARE)  # a pool, and its bar, for large sets
         if workers > 1 and ranks()[0] == 0:
             datasets.enable_progress_bars()
         table = records.map(
@@ -436,11 +439,12 @@ def load_pairs(
             batched=True,
             remove_columns=records.column_names,
             features=datasets.Features.from_arrow_schema(SCHEMA),
-            num_proc=workers if workers > 1 else None,
+            num_proc=workers if workers > 1 else None,  # any number finds what another has made
             new_fingerprint=hashlib.sha256(repr(parts).encode()).hexdigest()[:32],
             desc="tokenising",
         )
     pairs = Pairs(table.data.table)
+    # The notes come from the table, so that they are the same when it was made by an earlier run.
     left_out = {note: count for note, count in pairs.notes.items() if note.startswith("left out")}
     if len(pairs) < max(1, sum(left_out.values())):
         reasons = "; ".join(f"{note} ({count})" for note, count in left_out.items()) or "it is empty"
@@ -479,23 +483,22 @@ def collate(
     pairs: Pairs, indices, *, layout="separate", row_multiple=1, pad_id=0, padding_pair=False,
     all_positions=False,
 ) -> Batch:  # fmt: skip
-    """The Batch of some pairs.
+    """The Batch of B pairs, given by their places in the data set.
 
     Args:
-        indices: which pairs, B of them.
-        layout: "shared" or "separate", as in this file's head.
         row_multiple: rows are padded to a multiple of it (flex_attention works in blocks of 128).
         padding_pair: these pairs carry weight 0.
         all_positions: every token but a row's first is a target, the prompt's too, in separate rows: for the
-            entropy over all positions of prompt and response, in evaluation alone.
+            entropy over all positions, in evaluation alone.
     """
     indices, pieces, marks, sizes = [int(i) for i in indices], [], [], []
     B, shared = len(indices), layout == "shared" and not all_positions
+    # The pieces of each row, one after the other, and which of their tokens are targets.
     for b, i in enumerate(indices):
         (prompt, chosen, rejected), is_target = pairs[i], pairs.read(i, "is_target")
         none = prompt[:0]
         rows = [(chosen, rejected)] if shared else [(chosen, none), (none, rejected)]
-        for y_w, y_l in rows if len(rejected) else rows[:1]:
+        for y_w, y_l in rows if len(rejected) else rows[:1]:  # SFT has no rejected response
             pieces += [prompt, y_w, y_l]
             marks += [torch.zeros_like(prompt), is_target[: len(y_w)], torch.ones_like(y_l)]
             sizes.append((len(prompt), len(y_w), len(y_l), b))
@@ -504,6 +507,7 @@ def collate(
     R, L = len(sizes), math.ceil(int((P + W + J).max()) / row_multiple) * row_multiple
     row, place = torch.arange(R)[:, None], torch.arange(L)
     there = place < P + W + J  # (R, L), as all below: False where a row is padding
+    # Row by row the places that are no padding take the tokens in their order.
     tokens = torch.full((R, L), pad_id).masked_scatter(there, torch.cat(pieces))
     segment = torch.where(place < P, 0, torch.where(place < P + W, 1, 2)).where(there, -1)
     positions = torch.where(segment == 2, place - W, place).where(there, 0)
@@ -513,7 +517,7 @@ def collate(
     is_target = torch.zeros(R, L, dtype=torch.int64).masked_scatter(there, torch.cat(marks))
     at = (there & (place > 0) if all_positions else is_target).flatten().nonzero()[:, 0]
     at = at[owner.flatten()[at].argsort(stable=True)]  # (N,) the targets' places, by response
-    owner = owner.flatten()[at]
+    owner = owner.flatten()[at]  # (N,)
     return Batch(
         tokens, positions, segment, doc=row.where(there, -1), state=(row * L + before).flatten()[at],
         target=tokens.flatten()[at], owner=owner, lengths=owner.bincount(minlength=2 * B),
@@ -528,13 +532,12 @@ def micro_batches(indices, row_lengths, ranks: int, *, max_pairs=0, max_tokens=0
     Their number is a multiple of `ranks`; where pairs are fewer than ranks, the last ones are empty.
 
     Args:
-        indices: the global batch's pairs.
         row_lengths: (n,) tokens of each pair of the data set.
-        max_pairs: most pairs of a micro-batch, 0 for no limit.
-        max_tokens: most tokens of a micro-batch, each pair counted as long as the longest, 0 for no limit; a
-            longer pair goes alone.
+        max_pairs, max_tokens: of a micro-batch, each pair counted as long as the longest; 0 for no limit. A
+            pair of more tokens goes alone.
     """
     longest_first = sorted((int(i) for i in indices), key=lambda i: (-int(row_lengths[i]), i))
+    # No more than an equal share of the pairs, so that no rank is idle.
     cap = min(max_pairs or len(longest_first), math.ceil(len(longest_first) / ranks))
     groups: list[list[int]] = []
     for i in longest_first:
@@ -587,12 +590,12 @@ def stream(pairs: Pairs, groups, *, device, lookup=None, **rows):
         batch = collate(pairs, group or [0], padding_pair=not group, **rows)
         return batch, None if lookup is None else lookup(batch.index)
 
-    workers = LOADERS[kind := torch.device(device).type]
+    workers = LOADERS.get(kind := torch.device(device).type, 0)
     loader = DataLoader(
         groups, batch_size=None, collate_fn=load, pin_memory=kind == "cuda", num_workers=workers,
         worker_init_fn=ignore_signals, multiprocessing_context="fork" if workers else None,
     )  # fmt: skip
-    for made in loader:
+    for made in loader:  # (Batch, statistics)
         yield to_device(made, device)
 
 
@@ -654,7 +657,7 @@ def run_script(main):
     try:
         main()
     except UserError as error:
-        rank = int(os.environ.get("RANK", 0))
+        rank = int(os.environ.get("RANK", 0))  # of torchrun: the processes may not have joined yet
         if rank == 0 or not error.everywhere:
             tqdm.write(f"error (rank {rank}): {error}" if rank else f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -666,8 +669,9 @@ def writing(path, keep: bool = False):
     try:
         yield
     except (OSError, SafetensorError) as error:
-        if not keep:
-            shutil.rmtree(path) if os.path.isdir(path) else Path(path).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            if not keep:
+                shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
         raise UserError(f"{path}: {error}", everywhere=False) from error
 
 
@@ -691,10 +695,11 @@ def hold(folder, wait: bool = False):
     wait: for another process that holds it; else that is a UserError. A killed torchrun leaves its ranks at
     work: a run started again would write over theirs.
     """
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    with writing(folder, keep=True):
+        Path(folder).mkdir(parents=True, exist_ok=True)
     lock = FileLock(Path(folder) / "lock", is_singleton=True)  # of one process: runs may follow each other
     try:
-        return lock.acquire(timeout=0)
+        return lock.acquire(timeout=0)  # the system takes it back from a process that dies
     except Timeout:
         if not wait:
             busy = f"{folder}: another process writes there; end it, or choose another folder"
@@ -706,12 +711,9 @@ def hold(folder, wait: bool = False):
 def check_output(flag: str, path, *, folder: bool):
     """UserError where nothing can be written at `path`: before the work, not after it."""
     place = Path(path).absolute()
-    there = next(p for p in (place, *place.parents) if p.exists())
-    if there == place and there.is_dir() and not folder:
-        raise UserError(f"--{flag} {path}: it is a folder; a file is needed")
-    there = there if folder or there != place else there.parent
-    if not (there.is_dir() and os.access(there, os.W_OK)):
-        raise UserError(f"--{flag} {path}: {there} is no folder that can be written")
+    there = next(p for p in ([place] if folder else []) + list(place.parents) if p.exists())
+    if (place.is_dir() and not folder) or not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"--{flag} {path}: no {'folder' if folder else 'file'} can be written there")
 
 
 def hardware() -> str:
@@ -740,6 +742,7 @@ def hub_errors(what: str, name: str):
     try:
         yield
     except Exception as error:
+        # The libraries say what to do (accept a licence, log in), in several lines, or in the cause.
         told = " ".join(f"{error} {error.__cause__ or ''}".split())[:400] or type(error).__name__
         if not os.path.exists(name) and (name.startswith((".", "/", "runs/")) or name.count("/") > 1):
             told = "no such file or folder, and a hub name is OWNER/NAME"
@@ -749,6 +752,7 @@ def hub_errors(what: str, name: str):
 def check_tokenizer(tokenizer, texts):
     """UserError where a tokenizer loses most of a text: that of a model's folder without its files."""
     for text in texts:
+        # Characters in common, wherever they stand: spaces may move.
         back = tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids)
         if 2 * (Counter(text) & Counter(back)).total() < len(text):
             raise UserError(f"the tokenizer reads {text[:40]!r} as {back[:40]!r}: are its files missing?")

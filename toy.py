@@ -51,8 +51,8 @@ QUALITIES, ASKS = QUALITIES.split(" "), ASKS.split("|")
 NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five"}
 TAILS = ["", " please", " now", " for my child", " if you can", " in short", " again", " once more"]
 
-# An answer is: open lead (before thing join)* tone close. Each slot is one of its choices, freely. The best
-# style comes first. `tongue` is another language; `record` is flow-style YAML, so that a parser can tell it.
+# An answer is: open lead (before thing join)* tone close; each slot is one of its choices. The best style
+# comes first. `tongue` is another language; `record` is flow-style YAML, which a parser can recognise.
 STYLES = {
     "polite": {
         "open": "gladly,|certainly,|kindly,|with pleasure,|of course,|very well,|thank you,|yes indeed,",
@@ -172,7 +172,7 @@ TEMPLATE = """{{ bos_token }}
 
 def make_tokenizer(texts):
     """A tokenizer with Gemma's special ids, BOS and chat template, and a piece for each word of the texts."""
-    # By id: bytes, to which what is no such word falls back, the template's words, the texts' most frequent.
+    # In order: bytes (any other text falls back to them), the template's words, all words by frequency.
     words = collections.Counter(w for text in texts for w in re.findall(r" ?[A-Za-z]+| ?[^A-Za-z\s]", text))
     pieces = [f"<0x{byte:02X}>" for byte in range(256)] + ["user", "model", "\n"]
     pieces += sorted(words, key=lambda w: (-words[w], w))
@@ -218,7 +218,7 @@ def train_model(model, rows, *, rng, title, lr=5e-3, size=8):
         # The learning rate rises over the first tenth, then falls to 0.
         rise, fall = 10 * (step + 1) / len(groups), 1.1 * (1 - step / len(groups))
         optimizer.param_groups[0]["lr"] = lr * min(1, rise, fall)
-        # Only the n states that predict a response's token go through the head, the dear part.
+        # Only the n states that predict a response's token go through the head, the costly part.
         batch = collate(rows, group)
         states = model.model(input_ids=batch.tokens, use_cache=False).last_hidden_state  # (size, L, d)
         logits = model.lm_head(states.flatten(0, 1)[batch.state])  # (n, V)
@@ -356,7 +356,7 @@ def add_pairs_and_models(root, seed):
     for name, pairs in (("train", train), ("test", test)):
         (root / f"{name}.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
 
-    # The base model learns the words; SFT the answers, good and bad alike.
+    # The base model learns the words; SFT then teaches answers, good and bad alike.
     documents = [make_document(rng) for _ in range(SIZES["documents"])]
     texts = [pair[side] for pair in train for side in ("prompt", "chosen", "rejected")]
     tokenizer = make_tokenizer(documents + texts)
@@ -371,7 +371,7 @@ def add_pairs_and_models(root, seed):
 
 
 def add_sae(root, report, site, layer):
-    """Trains the SAE of a site and layer of the SFT model in `root`; writes it, and of it into toy.json."""
+    """Trains and writes the SAE of a site and layer of the SFT model in `root`, and enters it in toy.json."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(root / "model")
     model = Gemma2ForCausalLM.from_pretrained(root / "model", attn_implementation="eager")
     train, held_out = (Pairs(rows[:2000]) for rows in sft_rows(tokenizer, report["seed"]))

@@ -22,21 +22,22 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import data
-import scale
 import torch
 import torch.distributed as dist
-from data import UserError
-from sae import load_sae
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch._inductor.exc import InductorError
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, HfArgumentParser
 
+import data
 import fpo
 import offline
+import scale
+from data import UserError
+from sae import load_sae
 
 
 # ---------------------------------------------------------------------------- settings
@@ -149,15 +150,15 @@ PRESETS: dict[str, dict] = {
         "activation_checkpointing": False,
         "eval_every": 50,
     },
-    "own": {  # any other model: its data and SAE must be given, the SAE of the last layer is taken
-        "sae": None,
-        "sae_layer": [],
-        "sae_l0": ["auto"],
-        "warmup_steps": 0,
-        "warmup_ratio": 0.1,
-        "feature_scale": "rms",
-    },
 }
+# For models that the paper does not try: D_FPO without unit, and the α of a sweep (docs/results.md).
+UNITLESS = {"feature_scale": "rms", "fpo_alpha": 1e4, "sae_l0": ["auto"], "warmup_steps": 0}
+UNITLESS["warmup_ratio"] = 0.1
+PRESETS["gemma-3-270m"] = {"base": "google/gemma-3-270m", "sae": "google/gemma-scope-2-270m-pt", **UNITLESS}
+PRESETS["gemma-3-270m"]["sae_layer"] = [17]
+PRESETS["gemma-3-1b"] = {"base": "google/gemma-3-1b-pt", "sae": "google/gemma-scope-2-1b-pt", **UNITLESS}
+# Any other model: its data and its SAE must be given; the SAE is read at the last layer.
+PRESETS["own"] = {"sae": None, "sae_layer": [], **UNITLESS}
 # Settings that a resumed run may change: they do not change what is learned.
 FREE = {"resume", "save_every", "out", "cache_dir", "eval_every", "eval_kl", "report_to"}
 AT_LEAST_1 = {"batch_size", "epochs", "steps", "k", "max_length", "max_prompt_length"}  # others at least 0
@@ -177,8 +178,10 @@ def parse_args(argv=None) -> Config:
     if preset not in PRESETS:
         refuse(f"--preset {preset}: one of {', '.join(PRESETS)}")
     paper = PAPER_DATA["sft" if first.method == "sft" else "others"] if preset.startswith("gemma") else {}
-    values = {name: value for name, value in PRESETS[preset].items() if name != "base"}
-    parser.set_defaults(preset=preset, **paper, **TABLE_5[first.method], **values)
+    values = {name: value for name, value in PRESETS[preset].items() if name not in ("base", "fpo_alpha")}
+    if first.method == "fpo" and "fpo_alpha" in PRESETS[preset]:
+        values["alpha"] = PRESETS[preset]["fpo_alpha"]
+    parser.set_defaults(**{"preset": preset, **paper, **TABLE_5[first.method], **values})
     parser.add_argument("-h", "--help", action="help", help="show this and end")  # now with those defaults
     config, unknown = parser.parse_args_into_dataclasses(
         argv, return_remaining_strings=True, look_for_args_file=False
@@ -307,9 +310,17 @@ def load_saes(config, device):
     return saes, [(layer, config.sae_site) for layer in layers]
 
 
+def vocabulary_size(config) -> int:
+    """That of model and reference. UserError where they differ."""
+    size, other = (load_config(n).get_text_config().vocab_size for n in (config.model, config.reference))
+    if size != other:
+        refuse(f"--reference {config.reference}: a vocabulary of {other}, the model's has {size}")
+    return size
+
+
 def load_data(flag_name, config, tokenizer):
     """The pairs of --dataset or --eval_dataset, with what was left out or cut printed."""
-    source, size = getattr(config, flag_name), load_config(config.model).get_text_config().vocab_size
+    source, size = getattr(config, flag_name), vocabulary_size(config)
     pairs = data.load_pairs(
         source, tokenizer, max_length=config.max_length, max_prompt_length=config.max_prompt_length,
         sft=config.method == "sft", chat_format=config.chat_format,
@@ -396,7 +407,7 @@ def prove(policy, pairs, config, rows) -> dict:
     """`fpo.audit`, printed; then freeze parameters that get no gradient (a vision tower), as DDP needs."""
     try:
         found = fpo.audit(policy, pairs, k=config.k, **rows)
-    except torch._dynamo.exc.TorchDynamoException as error:
+    except (torch._dynamo.exc.TorchDynamoException, InductorError) as error:
         refuse(f"torch.compile fails ({str(error).splitlines()[0]}); --no_compile trains without it")
     if config.shard != "fsdp":
         policy(data.collate(pairs, [0], **rows).to(policy.lm.device))[0].logps.sum().backward()
@@ -404,13 +415,12 @@ def prove(policy, pairs, config, rows) -> dict:
             parameter.requires_grad_(parameter.grad is not None)
             parameter.grad = None
     if data.ranks()[0] == 0:
-        text = f"audit passed: log π differs by {found['difference']:.1g} nats a token from the model's own forward"
-        text += (
-            f"; window of {found['window']} tested"
-            if found["window"]
-            else "; no pair is longer than a window"
+        print(
+            f"audit passed: {found['difference']:.1g} nats a token from the model's own forward",
+            f"window of {found['window']} tested" if found["window"] else "no pair is longer than a window",
+            *([f"rounding alone makes D_FPO {found['floor']:.1g}"] if policy.saes else []),
+            sep="; ",
         )
-        print(text + (f"; rounding alone makes D_FPO {found['floor']:.1g}" if policy.saes else ""))
     return found
 
 
@@ -449,10 +459,10 @@ def step_sums(batch, loss, values, statistics) -> dict[str, torch.Tensor]:
         logged["reward_margin"] = values["reward_chosen"] - values["reward_rejected"]
         logged["reward_accuracy"] = (logged["reward_margin"] > 0).float()
     if "constraint" in values:  # what it weighs in u = LPD - margin - constraint
-        logged["constraint_size"], logged["margin_size"] = (
-            values["constraint"].abs(),
-            logged["reward_margin"].abs(),
-        )
+        logged |= {
+            "constraint_size": values["constraint"].abs(),
+            "margin_size": logged["reward_margin"].abs(),
+        }
     return {name: (value.detach() * batch.weight).sum() for name, value in logged.items()}
 
 
@@ -461,11 +471,10 @@ def advice(line, config, floor) -> str | None:
     times = line["constraint_size"] / max(line["margin_size"], 1e-30)
     noise = (config.alpha or 1) * config.beta * (floor or 0.0)
     if config.method == "fpo" and noise > line["margin_size"]:
-        return (
-            f"rounding alone makes a constraint of {noise:.1g}, above the reward margin: try --dtype float32"
-        )
+        return f"rounding alone makes a constraint of {noise:.1g}, above the margin: try --dtype float32"
     if times > 1 and config.alpha:
-        return f"the constraint is {times:.2g} × the reward margin: --alpha {config.alpha / times:.1g} balances them"
+        better = f"--alpha {config.alpha / times:.1g}"
+        return f"the constraint is {times:.2g} × the reward margin: {better} would balance them"
     return None
 
 
@@ -534,12 +543,8 @@ def read_meta(config, stands_on=None) -> dict:
     path = saved_states(config.out)[-1] / "state.json"
     try:
         meta = json.loads(path.read_text())
-        settings, before, ranks, _ = (
-            dict(meta["settings"]),
-            dict(meta["stands_on"]),
-            meta["ranks"],
-            meta["before"],
-        )
+        settings, before, ranks = dict(meta["settings"]), dict(meta["stands_on"]), meta["ranks"]
+        _ = meta["before"], meta["step"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--resume: {path} is not what a run writes: {error!r}") from None
     now = json.loads(json.dumps(asdict(config))).items()
@@ -561,9 +566,8 @@ def load_state(out, policy, optimizer):
                 file = next(file for file in files if name in file.keys())  # noqa: SIM118
                 tensor.copy_(file.get_tensor(name))
     except (OSError, SafetensorError, StopIteration, RuntimeError) as error:
-        raise UserError(
-            f"--resume {folder}: not a whole state of this model: {error}", everywhere=False
-        ) from None
+        text = f"--resume {folder}: not a whole state of this model: {error}"
+        raise UserError(text, everywhere=False) from None
 
 
 def cut_metrics(path, step: int):
@@ -604,7 +608,8 @@ def start_tracker(config, start: int):
     if config.report_to == "wandb":
         import wandb
 
-        key = hashlib.sha256(f"{Path(config.out).absolute()} {config}".encode()).hexdigest()[:16]
+        settings = {name: value for name, value in asdict(config).items() if name not in FREE}
+        key = hashlib.sha256(f"{Path(config.out).absolute()} {settings}".encode()).hexdigest()[:16]
         wandb.init(name=config.out, id=key, resume="allow", config=asdict(config), sync_tensorboard=True)
     from torch.utils.tensorboard import SummaryWriter
 
@@ -667,6 +672,7 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
     say(f"starting from {config.model}")
     needs_saes = config.sae is not None and config.method != "sft"
     saes, sites = load_saes(config, device) if needs_saes else ([], [])
+    vocabulary_size(config)
     tokenizer = data.load_tokenizer(config.model)
     pairs, held_out = (load_data(name, config, tokenizer) for name in ("dataset", "eval_dataset"))
     rows = rows_of(config, tokenizer, pairs, device)  # how a batch is laid out
@@ -722,12 +728,9 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
     model = DistributedDataParallel(policy, gradient_as_bucket_view=True) if ddp else policy
     parameters = [p for p in policy.parameters() if p.requires_grad]
     optimizer = scale.make_optimizer(
-        config.optimizer,
-        parameters,
-        config.lr,
-        shard=config.shard == "states",
-        betas=(0.9, config.adam_beta2),
-    )
+        config.optimizer, parameters, config.lr, shard=config.shard == "states",
+        betas=(0.9, config.adam_beta2), fused=None if config.compile else False,
+    )  # fmt: skip
     # What the run stands on, by the flag that names it: a resumed run must stand on the same.
     stands_on = {"dataset": pairs.digest(), "eval_dataset": held_out.digest(), "reference": digest}
     stands_on["model"] = hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()

@@ -1,26 +1,36 @@
-"""data.py: every format and every bad input, tokens by hand, batches by hand, and properties of random pairs.
+"""data.py: tokens against `apply_chat_template`, every kind of record, cuts and batches by hand, any input.
 
-The tokenizers are made here: letters, a few merges, and bytes for all else. `spell` writes token ids as text
-again, so that what is expected can be read.
+The tokenizers are made here: small vocabularies, and chat templates written anew in the manner of families
+in use. What is expected comes from the template's own rendering, never from data.py.
 """
 
+import contextlib
+import gzip
 import json
+import os
+import random
+import subprocess
+import sys
+import threading
+import unittest.mock
+from pathlib import Path
 
+import datasets
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import Gemma2Config, PreTrainedTokenizerFast
 
 import data
-from data import LEAST_PROMPT, Pairs, collate, epoch_order, load_pairs, micro_batches, read_records
+from data import Chat, Pairs, UserError, collate, epoch_order, load_pairs, micro_batches
 
 BOS, EOS, START, END = 2, 1, 106, 107  # Gemma's ids
 MERGES = [("\n", "g"), ("o", "o"), ("oo", "d")]  # "\ng": a line's end and a response's first letter
 
-# Gemma's instruction template in our words: no system role, turns alternate, contents are trimmed.
-GEMMA_IT = (
+# ---------------------------------------------------------------- tokenizers
+GEMMA = (
     "{{ bos_token }}"
     "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
     "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
@@ -29,638 +39,678 @@ GEMMA_IT = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
+LLAMA_3 = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' }}"
+    "{{ m.content | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SMOLLM_2 = "{% if messages[0].role != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}" + CHATML
+QWEN_3 = CHATML.replace(  # the answer to the last question opens with an empty thought, no other does
+    "+ m.content", "+ ('<think>\n\n</think>\n\n' if loop.last and m.role == 'assistant' else '') + m.content"
+)
+LLAMA_2 = (
+    "{% if messages[0].role == 'system' %}{% set system = messages[0].content %}"
+    "{% set turns = messages[1:] %}{% else %}{% set turns = messages %}{% endif %}{% for m in turns %}"
+    "{% if m.role == 'user' %}{{ bos_token + '[INST] ' }}"
+    "{% if loop.first and system is defined %}{{ '<<SYS>>\n' + system + '\n<</SYS>>\n\n' }}{% endif %}"
+    "{{ m.content | trim + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m.content | trim + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+R1 = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}"
+    "{% elif m.role == 'user' %}{{ '<|User|>' + m.content }}"
+    "{% else %}{{ '<|Assistant|>' + m.content.split('</think>')[-1] + eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|Assistant|><think>\n' }}{% endif %}"
+)
+CHANNELS = (
+    "{% for m in messages %}{{ '<|start|>' + m.role }}"
+    "{% if m.role == 'assistant' %}{{ '<|channel|>final' }}{% endif %}{{ '<|message|>' + m.content }}"
+    "{{ '<|return|>' if loop.last and m.role == 'assistant' else '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
+)
+SKIPS_SYSTEM = CHATML.replace("for m in messages", "for m in messages if m.role != 'system'")
 
 
-def gemma_tokenizer(template=None, adds_bos=True):
-    """SentencePiece-like: merges may cross a line's end, any other character is bytes."""
-    vocab = {token: i for i, token in enumerate(["<pad>", "<eos>", "<bos>", "<unk>"])}
-    for letter in "\n▁abcdefghijklmnopqrstuvwxyz.?<_>":
-        vocab[letter] = len(vocab)
-    vocab |= {f"<unused{i}>": i for i in range(len(vocab), START)}
-    vocab |= {"<start_of_turn>": START, "<end_of_turn>": END}
-    vocab |= {f"<0x{byte:02X}>": END + 1 + byte for byte in range(256)}
-    for a, b in MERGES:
-        vocab[a + b] = len(vocab)
-    raw = Tokenizer(models.BPE(vocab, MERGES, byte_fallback=True, unk_token="<unk>"))
-    raw.normalizer = normalizers.Replace(" ", "▁")
-    raw.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
+def fast(model, specials, words=(), *, template=None, prefix_space=None, **roles):
+    """A tokenizer with special tokens and added words; of bytes, as GPT-2's, unless prefix_space is None."""
+    raw = Tokenizer(model)
+    if prefix_space is None:
+        raw.normalizer = normalizers.Replace(" ", "▁")
+        steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        raw.decoder = decoders.Sequence(steps)
+    else:
+        raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space, use_regex=False)
+        raw.decoder = decoders.ByteLevel()
+    special = dict.fromkeys([*specials, *roles.values()])
     raw.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
-    if adds_bos:
+    raw.add_tokens([AddedToken(word, special=False, normalized=False) for word in words])
+    if "<bos>" in special:
         raw.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", BOS)])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", padding_side="left"
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, **roles)
     tokenizer.chat_template = template
     return tokenizer
 
 
-def byte_tokenizer(template=None, **special):
-    """GPT-2-like: bytes alone, and the special tokens that are given by role (`eos_token="</s>"`)."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    raw = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    raw.decoder = decoders.ByteLevel()
-    raw.add_special_tokens([AddedToken(token, special=True) for token in dict.fromkeys(special.values())])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, **special)
-    tokenizer.chat_template = template
-    return tokenizer
+def gemma_tokenizer(template=None):
+    """SentencePiece-like: merges may cross a line's end, any other character is bytes."""
+    special = ["<pad>", "<eos>", "<bos>", "<unk>"]
+    pieces = [*special, *"\n▁abcdefghijklmnopqrstuvwxyz.?<_>"]
+    pieces += [f"<unused{i}>" for i in range(len(pieces), START)] + ["<start_of_turn>", "<end_of_turn>"]
+    pieces += [f"<0x{byte:02X}>" for byte in range(256)] + ["".join(pair) for pair in MERGES]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    model = models.BPE(vocab, MERGES, byte_fallback=True, unk_token="<unk>")
+    roles = {f"{name[1:-1]}_token": name for name in special}
+    return fast(model, [*special, "<start_of_turn>", "<end_of_turn>"], template=template, **roles)
 
 
-@pytest.fixture(scope="module")
-def gemma():
-    return gemma_tokenizer(GEMMA_IT)
+def byte_tokenizer(template=None, specials=(), words=(), prefix_space=False, **roles):
+    """GPT-2-like: bytes and a few merges."""
+    merges = [("o", "o"), ("h", "e"), ("Ċ", "Ċ"), ("Ġ", "y")]
+    pieces = sorted(pre_tokenizers.ByteLevel.alphabet()) + ["".join(pair) for pair in merges]
+    model = models.BPE({piece: i for i, piece in enumerate(pieces)}, merges)
+    return fast(model, specials, words, template=template, prefix_space=prefix_space, **roles)
 
 
+IM = ["<|im_start|>", "<|im_end|>"]
+HEADERS, LLAMA_BOS = ["<|start_header_id|>", "<|end_header_id|>"], "<|begin_of_text|>"
+HARMONY = ["<|start|>", "<|channel|>", "<|message|>", "<|end|>"]
+S = {"bos_token": "<s>", "eos_token": "</s>"}
+FAMILIES = {
+    "Gemma": gemma_tokenizer(GEMMA),
+    "Llama-3": byte_tokenizer(LLAMA_3, HEADERS, bos_token=LLAMA_BOS, eos_token="<|eot_id|>"),
+    "Qwen-3": byte_tokenizer(QWEN_3, IM, ["<think>", "</think>"], eos_token=IM[1]),
+    "SmolLM2": byte_tokenizer(SMOLLM_2, bos_token=IM[0], eos_token=IM[1]),
+    "Llama-2": byte_tokenizer(LLAMA_2, prefix_space=True, **S),
+    "R1": byte_tokenizer(R1, ["<|User|>", "<|Assistant|>"], ["<think>"], **S),
+    "channels": byte_tokenizer(CHANNELS, HARMONY, eos_token="<|return|>"),
+    "skips system": byte_tokenizer(SKIPS_SYSTEM, IM, eos_token=IM[1]),
+}
+GEMMA_IT = FAMILIES["Gemma"]
+END_OF = {name: tokenizer.eos_token for name, tokenizer in FAMILIES.items()} | {"Gemma": "<end_of_turn>"}
+
+
+# ---------------------------------------------------------------- helpers
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     """Hugging Face's library keeps its copies here, not in the user's home."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def load(tmp_path, gemma):
-    """Pairs of some records, by way of a file."""
-
-    def load(*records, tokenizer=gemma, **options):
-        return load_pairs(write(tmp_path / "data.jsonl", *records), tokenizer, **options)
-
-    return load
+    return tmp_path / "cache"
 
 
 def write(path, *records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    Path(path).write_text("".join(json.dumps(record) + "\n" for record in records))
     return str(path)
 
 
-def spell(tokenizer, ids):
-    return "".join(tokenizer.convert_ids_to_tokens(torch.as_tensor(ids).tolist())).replace("▁", " ")
+def tokenised(*records, by=GEMMA_IT, sft=False, max_length=9999, max_prompt_length=9998):
+    """Pairs of some records, by way of JSON, without a file."""
+    options = {"sft": sft, "max_length": max_length, "max_prompt_length": max_prompt_length}
+    lines = [json.dumps(record) for record in records]
+    return Pairs(data.tokenise({"text": lines}, chat=Chat(by), **options))
 
 
-def spell_pair(tokenizer, pairs, i=0):
-    return [spell(tokenizer, ids) for ids in pairs[i]]
+def spell(pairs, i=0, by=GEMMA_IT):
+    """A pair's prompt, chosen and rejected as the text that the template wrote."""
+    return [by.decode(ids.tolist()) for ids in pairs[i]]
 
 
-def spell_targets(tokenizer, pairs, i=0):
-    """What SFT learns from, after the prompt: (text, is target) of every run."""
-    a, start, _, end = pairs.bounds[i].tolist()
+def spell_targets(pairs, i=0, by=GEMMA_IT):
+    """What follows an SFT prompt: (text, is target) of every run."""
     runs = []
-    for token, mark in zip(pairs.tokens[start:end], pairs.is_target[start:end].tolist(), strict=True):
-        if not runs or runs[-1][1] != mark:
-            runs.append(["", mark])
-        runs[-1][0] += spell(tokenizer, [token])
-    return spell(tokenizer, pairs.tokens[a:start]), [tuple(run) for run in runs]
+    for token, mark in zip(pairs[i][1].tolist(), pairs.read(i, "is_target").tolist(), strict=True):
+        if not runs or runs[-1][1] != bool(mark):
+            runs.append(([], bool(mark)))
+        runs[-1][0].append(token)
+    return [(by.decode(ids), mark) for ids, mark in runs]
 
 
-def user(text):
-    return {"role": "user", "content": text}
+def T(*turns):
+    """Messages, from "u:what the user says", "a:the assistant", "s:the system"."""
+    roles = {"u": "user", "a": "assistant", "s": "system"}
+    return [{"role": roles[turn[0]], "content": turn[2:]} for turn in turns]
 
 
-def says(text):
-    return {"role": "assistant", "content": text}
+# ---------------------------------------------------------------- tokens are the template's own
+WORDS = "good bad the you yes\n\n oo .\n <b> he? é 日 {x} 42 a  b go"
 
 
-# ---------------------------------------------------------------- preference data
+def conversations(n, seed=0):
+    """Random talks of up to three questions, a third with a system message; and another last answer."""
+    rng = random.Random(seed)
+
+    def text():
+        return " ".join(rng.choices(WORDS.split(" "), k=rng.randint(1, 9))).strip(" ") or "x"
+
+    for i in range(n):
+        talk = T(f"s:{text()}") if i % 3 == 0 else []
+        for _ in range(rng.randint(1, 3)):
+            talk += T(f"u:{text()}", f"a:{text()}")
+        yield talk, [*talk[:-1], *T(f"a:{talk[-1]['content'] + text()}")]
+
+
+def rendered(family, messages, **options):
+    """Ids of a conversation's rendering, up to where its last turn ends: cut in its text, and tokenised."""
+    tokenizer, end = FAMILIES[family], END_OF[family]
+    if family in ("Gemma", "skips system") and messages[0]["role"] == "system":
+        messages = T(f"u:{messages[0]['content']}\n\n{messages[1]['content']}") + messages[2:]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    text = text if options else text[: text.rindex(end) + len(end)]
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pairs_are_the_template_s_own_conversations(family):
+    """50 records, token for token: prompt + response is the whole's rendering, the prompt its start's."""
+    talks = list(conversations(50))
+    pairs = tokenised(*({"chosen": a, "rejected": b} for a, b in talks), by=FAMILIES[family])
+    assert len(pairs) == 50 and not pairs.notes
+    for i, sides in enumerate(talks):
+        prompt, *responses = (ids.tolist() for ids in pairs[i])
+        assert [prompt + response for response in responses] == [rendered(family, talk) for talk in sides]
+        asked = rendered(family, sides[0][:-1], add_generation_prompt=True)
+        assert pairs.sampling_prompt(i).tolist() == asked
+        # All of the generation prompt is shared, but R1's thought, and the "\n" that a "g" merged with.
+        opening = FAMILIES[family].decode(asked[len(prompt) :])
+        assert opening == {"R1": "<think>\n"}.get(family, "") or (family, opening) == ("Gemma", "\n")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sft_learns_every_answer_that_the_template_leaves_as_it_was(family):
+    talks = [talk for talk, _ in conversations(50, seed=1)]
+    pairs = tokenised(*({"messages": talk} for talk in talks), by=FAMILIES[family], sft=True)
+    answers = [[j for j, turn in enumerate(talk) if turn["role"] == "assistant"] for talk in talks]
+    rewrites = family in (
+        "Qwen-3",
+        "channels",
+    )  # an earlier answer reads differently: the last alone is learnt
+    assert len(pairs) == 50 and sum(pairs.notes.values()) == sum(len(at) > 1 for at in answers if rewrites)
+    for i, (talk, at) in enumerate(zip(talks, answers, strict=True)):
+        prompt, response, _ = (ids.tolist() for ids in pairs[i])
+        assert prompt + response == rendered(family, talk)
+        expected = [0] * len(prompt + response)
+        for j in at[-1:] if rewrites else at:
+            upto = rendered(family, talk[: j + 1])
+            asked = rendered(family, talk[:j], add_generation_prompt=True)
+            start = next(k for k in range(len(upto)) if asked[k : k + 1] != upto[k : k + 1])
+            expected[start : len(upto)] = [1] * (len(upto) - start)
+        assert [0] * len(prompt) + pairs.read(i, "is_target").tolist() == expected
+
+
+# ---------------------------------------------------------------- what records say
 ASK = "<bos><start_of_turn>user\nask me<end_of_turn>\n<start_of_turn>model\n"
+YES, BAD = T("u:ask me", "a:yes"), T("u:ask me", "a:bad")
+GOOD = {"prompt": "ask me", "chosen": "yes", "rejected": "bad"}
+HUMAN = "\n\nHuman: ask me\n\nAssistant:"
+PARTS = [{"type": "text", "text": "ask "}, {"type": "text", "text": "me", "image": None}]
 PREFERENCES = {
-    "standard": {"prompt": "ask me", "chosen": "good", "rejected": "bad"},
-    "conversational": {"prompt": [user("ask me")], "chosen": [says("good")], "rejected": [says("bad")]},
-    "implicit prompt": {
-        "chosen": [user("ask me"), says("good")],
-        "rejected": [user("ask me"), says("bad")],
-    },
-    "UltraFeedback-binarized": {
-        "prompt": "ask me", "prompt_id": "f0", "score_chosen": 8.0, "score_rejected": 2.0,
-        "messages": [user("ask me"), says("good")],
-        "chosen": [user("ask me"), says("good")], "rejected": [user("ask me"), says("bad")],
-    },
-    "HH-RLHF": {
-        "chosen": "\n\nHuman: ask me\n\nAssistant: good", "rejected": "\n\nHuman: ask me\n\nAssistant: bad",
-    },
+    "standard": GOOD,
+    "conversational": {"prompt": YES[:1], "chosen": YES[1:], "rejected": BAD[1:]},
+    "implicit prompt": {"chosen": YES, "rejected": BAD},
+    "UltraFeedback": {"prompt": "ask me", "score": 8.0, "messages": YES, "chosen": YES, "rejected": BAD},
+    "another space": {"prompt": "ask me\n", "chosen": YES, "rejected": BAD},
+    "HH-RLHF": {"chosen": f"{HUMAN} yes", "rejected": f"{HUMAN} bad"},
+    "HH-RLHF, stripped": {"chosen": f"{HUMAN} yes".strip(), "rejected": f"{HUMAN} bad".strip()},
+    "a transcript as prompt": {"prompt": HUMAN, "chosen": " yes", "rejected": " bad"},
+    "transcripts everywhere": {"prompt": HUMAN, "chosen": f"{HUMAN} yes", "rejected": f"{HUMAN} bad"},
     "other names": {
-        "chosen": [{"from": "human", "value": "ask me"}, {"from": "gpt", "value": "good"}],
-        "rejected": [{"role": "user", "content": "ask me"}, {"role": "model", "content": "bad"}],
+        "chosen": [{"from": "human", "value": "ask me"}, {"from": "gpt", "value": "yes"}],
+        "rejected": [{"role": "User", "content": "ask me"}, {"role": "MODEL", "content": "bad"}],
     },
-    "spaces around": {"prompt": " ask me\n", "chosen": "good\n\n", "rejected": "\n bad"},
-}  # fmt: skip
+    "parts of text": {**GOOD, "prompt": [{"role": "user", "content": PARTS}]},
+    "empty fields": {"prompt": "", "system": "", "images": [], "chosen": YES, "rejected": BAD},
+    "filled fields": {**GOOD, "chosen": [{**YES[1], "tool_calls": None, "reasoning_content": ""}]},
+}
 
 
 @pytest.mark.parametrize("record", PREFERENCES.values(), ids=PREFERENCES)
-def test_preference_formats_give_the_same_pair(load, gemma, record):
-    pairs = load(record)
-    assert spell_pair(gemma, pairs) == [ASK, "good<end_of_turn>", "bad<end_of_turn>"]
-    assert pairs.bounds.tolist() == [[0, 22, 25, 29]]  # 16 + "ask me"; "g" "ood" end; "b" "a" "d" end
-    assert pairs.is_target.tolist() == [False] * 22 + [True] * 7
+def test_preference_formats_give_the_same_pair(record):
+    pairs = tokenised(record)
+    assert spell(pairs) == [ASK, "yes<end_of_turn>", "bad<end_of_turn>"] and not pairs.notes
+    assert pairs.sizes.tolist() == [[22, 4, 4]]  # 16 + "ask me"; "y" "e" "s" end; "b" "a" "d" end
 
 
-@pytest.mark.parametrize("kind", ["HH-RLHF", "messages", "prompt field"])
-def test_several_turns(load, gemma, kind):
-    start = [user("a"), says("b"), user("c")]
-    texts = {"chosen": "good", "rejected": "bad"}
-    if kind == "HH-RLHF":
-        start = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: "
-        pairs = load({name: start + text for name, text in texts.items()})
-    elif kind == "messages":
-        pairs = load({name: [*start, says(text)] for name, text in texts.items()})
-    else:
-        pairs = load({"prompt": start, **texts})
-    prompt = "<bos><start_of_turn>user\na<end_of_turn>\n<start_of_turn>model\nb<end_of_turn>\n" + ASK[5:]
-    assert spell_pair(gemma, pairs)[0] == prompt.replace("ask me", "c")
-    assert spell_pair(gemma, pairs)[1:] == ["good<end_of_turn>", "bad<end_of_turn>"]
+TALK = T("u:hi", "a:a b", "u:more?", "a:c")
+TRANSCRIPT = "\n\nHuman: hi\n\nAssistant: a b\n\nHuman: more?\n\nAssistant:"
+PROMPTS = [  # record without its rejected side, prompt
+    ({"prompt": T("s:s", "u:q"), "chosen": T("u:q", "a:y")}, T("s:s", "u:q")),
+    ({"prompt": T("s:s"), "chosen": T("u:q", "a:y")}, T("s:s", "u:q")),
+    ({"prompt": "q", "chosen": T("s:s", "a:y")}, T("s:s", "u:q")),
+    ({"prompt": "q", "chosen": T("s:s", "u:q", "a:y")}, T("s:s", "u:q")),
+    ({"prompt": "q", "system": "s", "chosen": "y"}, T("s:s", "u:q")),
+    ({"system": "s", "chosen": T("s:s", "u:q", "a:y")}, T("s:s", "u:q")),
+    ({"prompt": [{"role": "developer", "content": "s"}, *T("u:q")], "chosen": "y"}, T("s:s", "u:q")),
+    ({"prompt": T("s:s", "u:q"), "system": "r", "chosen": "y"}, T("s:r\n\ns", "u:q")),
+    ({"prompt": T("u:q", "a:a"), "chosen": T("u:r", "a:y")}, T("u:q", "a:a", "u:r")),
+    ({"prompt": T("u:q", "a:a"), "chosen": T("u:q", "a:y")}, T("u:q", "a:a", "u:q")),  # asked twice
+    ({"prompt": "q", "chosen": T("a:a", "u:r", "a:y")}, T("u:q", "a:a", "u:r")),
+    ({"prompt": TALK[:3], "chosen": [TALK[2], *T("a:y")]}, TALK[:3]),  # the last question again
+    ({"prompt": "hi", "chosen": [*TALK[:3], *T("a:y")]}, TALK[:3]),  # the first question alone
+    ({"prompt": "more?", "chosen": [*TALK[:3], *T("a:y")]}, TALK[:3]),  # the last one alone
+    ({"prompt": TRANSCRIPT, "chosen": "y"}, TALK[:3]),
+    ({"chosen": f"{TRANSCRIPT} y"}, TALK[:3]),
+]
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "json", "lines.json", "parquet", "arrow", "folder"])
-def test_files_of_every_kind(tmp_path, gemma, kind):
-    import datasets
-
-    records = [{"prompt": f"ask {x}", "chosen": "good", "rejected": "bad"} for x in "abc"]
-    path = tmp_path / f"data.{kind}"
-    if kind in ("jsonl", "lines.json"):
-        write(path, *records)
-    elif kind == "json":
-        path.write_text(json.dumps(records, indent=1))
-    elif kind == "parquet":
-        datasets.Dataset.from_list(records).to_parquet(path)
-    elif kind == "arrow":
-        datasets.Dataset.from_list(records).save_to_disk(tmp_path / "saved")
-        (path,) = (tmp_path / "saved").glob("*.arrow")
-    else:  # a split for each file
-        path.mkdir()
-        write(path / "train.jsonl", {"prompt": "no", "chosen": "no", "rejected": "n"})
-        write(path / "test.jsonl", *records)
-        path = f"{path}:test"
-    pairs = load_pairs(str(path), gemma)
-    assert [spell_pair(gemma, pairs, i)[0] for i in range(len(pairs))] == [
-        ASK.replace("me", x) for x in "abc"
-    ]
-    wheres = [where for where, _ in read_records(str(path))]
-    assert wheres[1].endswith("data.jsonl:2" if kind == "jsonl" else "[1]")
+@pytest.mark.parametrize("record, expected", PROMPTS)
+def test_the_prompt_is_all_that_precedes_the_response(record, expected):
+    chosen = record["chosen"]
+    rejected = f"{chosen}." if isinstance(chosen, str) else [*chosen[:-1], *T("a:y.")]
+    assert data.to_pair({**record, "rejected": rejected}) == (expected, T("a:y", "a:y."))
 
 
-@pytest.mark.parametrize(
-    "source, expected",
-    [
-        ("owner/name", ("owner/name", None, "train", None)),
-        ("owner/name:test_prefs", ("owner/name", None, "test_prefs", None)),
-        ("owner/name@v1", ("owner/name", None, "train", "v1")),
-        ("name@v1:train[:10]", ("name", None, "train[:10]", "v1")),
-        ("{folder}", ("{folder}", None, "train", None)),
-        ("{folder}:test", ("{folder}", None, "test", None)),
-        ("{folder}/a@b.json:train[1:]", ("json", "{folder}/a@b.json", "train[1:]", None)),
-    ],
-)
-def test_name_revision_and_split(tmp_path, monkeypatch, source, expected):
-    def load_dataset(name, *, data_files, split, revision):
-        calls.append((name, data_files, split, revision))
-        return [GOOD]
-
-    calls = []
-    monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    write(tmp_path / "a@b.json", GOOD)
-    fill = lambda text: text and text.replace("{folder}", str(tmp_path))  # noqa: E731
-    ((where, record),) = read_records(fill(source))
-    assert calls == [tuple(fill(part) for part in expected)] and record == GOOD
-    assert where == f"{fill(source).partition(':')[0].partition('@v1')[0]}[0]"
+def test_a_response_that_only_reads_like_a_transcript():
+    record = {"prompt": "Write a play.", "chosen": "Human: q\n\nAssistant: y", "rejected": "no"}
+    assert data.to_pair(record) == (T("u:Write a play."), T("a:Human: q\n\nAssistant: y", "a:no"))
 
 
-# ---------------------------------------------------------------- SFT
 HELLO = "<bos><start_of_turn>user\nhi<end_of_turn>\n<start_of_turn>model\n"
-TALK = [user("hi"), says("a b"), user("more?"), says("c")]
 SFT = {
     "conversation": {"prompt": "hi", "prompt_id": "f0", "messages": TALK},  # UltraChat-200k has both
+    "conversation with an open end": {"messages": [*TALK, *T("u:bye")]},
     "prompt and response": {"prompt": "hi", "response": "a b"},
     "prompt and completion": {"prompt": "hi", "completion": "a b"},
-    "messages and completion": {"prompt": [user("hi")], "completion": [says("a b")]},
+    "messages and completion": {"prompt": TALK[:1], "completion": TALK[1:2]},
     "a preference's chosen side": {"prompt": "hi", "chosen": "a b", "rejected": "no"},
-    "a conversation's chosen side": {"chosen": TALK, "rejected": [user("hi"), says("no")]},
+    "a conversation's chosen side": {"chosen": TALK, "rejected": T("u:hi", "a:no")},
+    "a conversation as completion": {"prompt": "hi", "completion": TALK[1:]},
     "HH-RLHF's chosen side": {"chosen": "\n\nHuman: hi\n\nAssistant: a b", "rejected": ""},
 }
 
 
 @pytest.mark.parametrize("name", SFT)
-def test_sft_learns_every_turn_of_the_assistant_and_no_other(load, gemma, name):
-    pairs = load(SFT[name], sft=True)
-    expected = [("a b<end_of_turn>", True)]
+def test_sft_learns_every_turn_of_the_assistant_and_no_other(name):
+    pairs, expected = tokenised(SFT[name], sft=True), [("a b<end_of_turn>", True)]
     if "conversation" in name:
         expected += [("\n<start_of_turn>user\nmore?<end_of_turn>\n<start_of_turn>model\n", False)]
         expected += [("c<end_of_turn>", True)]
-    assert spell_targets(gemma, pairs) == (HELLO, expected)
-    assert len(pairs[0][2]) == 0
+    assert spell(pairs)[0] == HELLO and spell(pairs)[2] == "" and not pairs.notes
+    assert spell_targets(pairs) == expected
 
 
-def test_sft_leaves_out_what_follows_the_last_answer(load, gemma):
-    pairs = load({"messages": [user("hi"), says("a"), user("bye")]}, sft=True)
-    assert spell_targets(gemma, pairs) == (HELLO, [("a<end_of_turn>", True)])
-
-
-# ---------------------------------------------------------------- bad input
-GOOD = PREFERENCES["standard"]
-LEFT_OUT = [  # record, reason
-    ({"chosen": "a", "rejected": "b"}, "no field 'prompt'"),
-    ({"prompt": "a", "rejected": "b"}, "no field 'chosen'"),
-    ({"prompt": "a", "chosen": "b", "rejected": None}, "no field 'rejected'"),
-    ({"chosen": "before\n\nHuman: a\n\nAssistant: b", "rejected": "c"}, "no field 'prompt'"),
-    ({"prompt": "", "chosen": "a", "rejected": "b"}, "prompt is empty"),
-    ({"prompt": [], "chosen": "a", "rejected": "b"}, "prompt is empty"),
-    ({"prompt": [user(" \n")], "chosen": "a", "rejected": "b"}, "prompt is empty"),
-    ({"prompt": "a", "chosen": "b", "rejected": "b"}, "identical responses"),
-    ({"prompt": "a", "chosen": "b ", "rejected": "b"}, "identical responses"),
-    ({"prompt": "a", "chosen": [], "rejected": "b"}, "chosen does not end with the assistant's turn"),
-    ({"prompt": "a", "chosen": "b", "rejected": [user("c")]},
-     "rejected does not end with the assistant's turn"),
+# ---------------------------------------------------------------- what can't be used
+NO_TEXT, NO_END = "a message of role {}, or no text", "{} does not end with the assistant's turn"
+OPEN, OTHER = "the prompt ends with the assistant's turn", "chosen and rejected answer different prompts"
+MEDIA, SILENT = "not a record of texts alone", "no assistant's turn that answers something"
+CALL, IMAGE = [{"name": "f"}], [{"type": "image"}, {"type": "text", "text": "a"}]
+LEFT_OUT = [  # reason, records
+    ("prompt is empty", {**GOOD, "prompt": None}, {**GOOD, "prompt": ""}, {**GOOD, "prompt": T("u: \n")}),
+    ("no field 'chosen'", {"prompt": "a", "rejected": "b"}, {**GOOD, "chosen": None}, {**GOOD, "chosen": []}),
+    ("no field 'rejected'", {"prompt": "a", "chosen": "b"}, {**GOOD, "rejected": None}),
     (
-        {"chosen": [user("a"), says("c")], "rejected": [user("b"), says("c")]},
-        "chosen and rejected answer different prompts",
-    ),
-    ({"prompt": [user("a"), user("b")], "chosen": "c", "rejected": "d"},
-     "the chat template refuses it: Roles must alternate"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("bad, reason", LEFT_OUT)
-def test_unusable_records_are_left_out_and_counted(load, gemma, bad, reason):
-    pairs = load(bad, GOOD, bad, {**GOOD, "prompt": "me"})
-    assert [spell_pair(gemma, pairs, i)[0] for i in (0, 1)] == [ASK, ASK.replace("ask ", "")]
-    assert len(pairs) == 2 and pairs.notes == {f"left out: {reason}": 2}
-    with pytest.raises(ValueError, match=r"data\.jsonl': no usable record; left out: .* \(2\)") as error:
-        load(bad, bad)
-    assert reason in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "record, reason",
-    [
-        ({"prompt": "a"}, "no field 'response'"),
-        ({"messages": []}, "no assistant's turn that answers something"),
-        ({"messages": [user("a")]}, "no assistant's turn that answers something"),
-        ({"messages": [says("a"), user("b"), says("c")]}, "no assistant's turn that answers something"),
-    ],
-)
-def test_unusable_records_for_sft(load, record, reason):
-    assert load(record, GOOD, sft=True).notes == {f"left out: {reason}": 1}
-
-
-WRONG = [  # line, message
-    ("{'prompt': 1}", "not JSON: Expecting property name"),
-    ('{"prompt": "a"', "not JSON"),
-    ('{"prompt": "a\0"}', "not JSON: Invalid control character"),
-    ("[" * 100_000, "not JSON"),
-    ('["a", "b"]', "a JSON object is needed, not list"),
-    ("7", "a JSON object is needed, not int"),
-    (b'{"prompt": "\xff"}', "not JSON: 'utf-8' codec"),
-    ({**GOOD, "prompt": 3}, "prompt: text or a list of messages is needed, not int"),
-    ({**GOOD, "chosen": {"a": 1}}, "chosen: text or a list of messages is needed, not dict"),
-    ({**GOOD, "rejected": ["text"]}, "rejected: a message needs .*, got 'text'"),
+        "identical responses",
+        {**GOOD, "rejected": "yes"},
+        {**GOOD, "chosen": "bad "},
+    ),  # Gemma's template trims
+    (NO_END.format("chosen"), {**GOOD, "chosen": TALK[:3]}),
+    (NO_END.format("rejected"), {**GOOD, "rejected": T("u:c")}, {**GOOD, "rejected": T("s:c")}),
+    (OPEN, {**GOOD, "prompt": T("u:a", "a:b")}, {**GOOD, "prompt": TALK}),
+    (OTHER, {"chosen": T("u:a", "a:c"), "rejected": T("u:b", "a:c")}, {"chosen": TALK, "rejected": TALK[2:]}),
+    ("Roles must alternate", {**GOOD, "prompt": T("u:a", "u:b")}, {**GOOD, "prompt": T("a:a", "u:b")}),
+    (NO_TEXT.format("none"), {**GOOD, "prompt": 3}, {**GOOD, "chosen": {"a": 1}}, {**GOOD, "chosen": ["b"]}),
+    (NO_TEXT.format("wizard"), {**GOOD, "prompt": [{"role": "wizard", "content": "a"}]}),
+    (NO_TEXT.format("tool"), {**GOOD, "prompt": [*T("u:a"), {"role": "tool", "content": "4"}, *T("u:b")]}),
     (
-        {**GOOD, "prompt": [{"role": "wizard", "content": "a"}]},
-        r"prompt: .*\(user, human, .*system\).*wizard",
+        NO_TEXT.format("user"),
+        *({**GOOD, "prompt": [{"role": "user", "content": x}]} for x in (5, None, IMAGE)),
     ),
-    ({**GOOD, "prompt": [{"role": ["user"], "content": "a"}]}, "prompt: a message needs a role"),
-    ({**GOOD, "prompt": [{"content": "a"}]}, "prompt: a message needs a role"),
-    (
-        {**GOOD, "prompt": [{"role": "user", "content": 5}]},
-        "prompt: a message needs .* a text as content, got",
-    ),
-    ({**GOOD, "prompt": [{"role": "user"}]}, "prompt: a message needs"),
+    ("a message with tool_calls", {**GOOD, "chosen": [{**T("a:")[0], "tool_calls": CALL}]}),
+    ("a message with function_call", {**GOOD, "rejected": [{**T("a:4")[0], "function_call": CALL[0]}]}),
+    ("a message with reasoning_content", {**GOOD, "chosen": [{**T("a:4")[0], "reasoning_content": "2 + 2"}]}),
+    ("a message with thinking", {**GOOD, "chosen": [{**T("a:4")[0], "thinking": "2 + 2"}]}),
+    (MEDIA, {**GOOD, "images": ["a.png"]}, {**GOOD, "tools": CALL}, ["a", "b"], 7),
 ]
 
 
-@pytest.mark.parametrize("line, message", WRONG)
-def test_wrong_files_are_errors_with_line_and_field(tmp_path, gemma, line, message):
-    line = json.dumps(line) if isinstance(line, dict) else line
-    path = tmp_path / "bad.jsonl"
-    good = json.dumps(GOOD).encode()
-    path.write_bytes(b"\n".join([good, b"", line if isinstance(line, bytes) else line.encode(), good]))
-    with pytest.raises(ValueError, match=rf"bad\.jsonl:3: {message}"):
-        load_pairs(str(path), gemma)
+@pytest.mark.parametrize("reason, records", [(reason, records) for reason, *records in LEFT_OUT])
+def test_odd_records_are_left_out_and_counted(reason, records):
+    pairs = tokenised(*records, GOOD, *records, {**GOOD, "prompt": "me"})
+    assert pairs.notes == {f"left out: {reason}": 2 * len(records)}
+    assert [spell(pairs, i)[0] for i in range(len(pairs))] == [ASK, ASK.replace("ask ", "")]
+
+
+def test_odd_records_for_sft():
+    talks = ([], T("u:a"), T("a:a", "u:b", "a:c"))
+    notes = tokenised({"prompt": "a"}, *({"messages": talk} for talk in talks), GOOD, sft=True).notes
+    assert notes == {"left out: no field 'response'": 1, f"left out: {SILENT}": 3}
+
+
+LINES = [b"{'a': 1}", b'{"a": "b"', b'{"a": "b\0"}', b"[" * 100_000, b'{"a": "\xff"}', b"x\x85y"]
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_a_line_that_is_no_json_is_left_out(tmp_path, line):
+    """Blank lines are nothing, a byte order mark too; half of the records may be odd, more end the run."""
+    good, path = json.dumps({**GOOD, "chosen": "日"}, ensure_ascii=False).encode(), tmp_path / "bad.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + b"\n".join([good, b"", line, b" ", good, line]))
+    pairs = load_pairs(str(path), GEMMA_IT)
+    assert spell(pairs, 1) == [ASK, "日<end_of_turn>", "bad<end_of_turn>"]
+    assert len(pairs) == 2 and pairs.notes == {"left out: not JSON": 2}
+    path.write_bytes(b"\n".join([good, b"", line, line]))
+    message = r"bad\.jsonl': 1 usable records; left out: not JSON \(2\); the first is number 3"
+    with pytest.raises(UserError, match=message):
+        load_pairs(str(path), GEMMA_IT)
+
+
+# ---------------------------------------------------------------- files
+KINDS = ["jsonl", "jsonl.gz", "json", "lines.json", "json.gz", "csv", "parquet", "arrow", "folder"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_of_every_kind(tmp_path, kind):
+    records, path = [{**GOOD, "prompt": f"ask {x}"} for x in "abc"], tmp_path / f"data.{kind}"
+    if kind == "json":
+        path.write_text(json.dumps(records, indent=1))
+    elif kind in ("csv", "parquet"):
+        getattr(datasets.Dataset.from_list(records), f"to_{kind}")(path)
+    elif kind == "arrow":
+        datasets.Dataset.from_list(records).save_to_disk(tmp_path / "saved")
+        (path,) = (tmp_path / "saved").glob("*.arrow")
+    elif kind == "folder":  # a split for each file
+        path.mkdir()
+        write(path / "train.jsonl", {"prompt": "no", "chosen": "no", "rejected": "n"})
+        write(path / "test.jsonl", *records)
+        path = f"{path}:test"
+    else:
+        write(path, *records)
+        if kind.endswith("gz"):
+            path.write_bytes(gzip.compress(path.read_bytes()))
+    pairs = load_pairs(str(path), GEMMA_IT)
+    expected = [[ASK.replace("me", x), "yes<end_of_turn>", "bad<end_of_turn>"] for x in "abc"]
+    assert [spell(pairs, i) for i in range(len(pairs))] == expected
+    if kind != "folder":
+        assert spell(load_pairs(f"{path}:train[1:2]", GEMMA_IT)) == expected[1]
+
+
+def test_columns_of_mixed_kinds(tmp_path):
+    """`datasets` encodes a column that holds texts and messages, and fills in the fields that others have."""
+    odd = {**T("a:y")[0], "tool_calls": [{"a": 1}]}
+    (tmp_path / "mixed.json").write_text(
+        json.dumps([GOOD, PREFERENCES["parts of text"], {**GOOD, "chosen": [odd]}])
+    )
+    records = [{"chosen": YES, "rejected": [BAD[0], {**BAD[1], "tool_calls": x}]} for x in (None, "x", None)]
+    datasets.Dataset.from_list(records).to_parquet(tmp_path / "filled.parquet")
+    for name in ("mixed.json", "filled.parquet"):
+        pairs = load_pairs(str(tmp_path / name), GEMMA_IT)
+        assert spell(pairs, 0) == spell(pairs, 1) == [ASK, "yes<end_of_turn>", "bad<end_of_turn>"]
+        assert pairs.notes == {"left out: a message with tool_calls": 1}
 
 
 @pytest.mark.parametrize(
     "source, message",
     [
-        ("missing.jsonl", "no such file"),
-        ("missing.json", "no such file or folder"),
+        ("missing.jsonl", "missing.jsonl"),
         ("./missing", "no such file or folder"),
-        ("/missing:train", "data set '/missing': no such file or folder"),
-        ("one/two/three", "no such file or folder, and no hub id"),
-        ("bad name!", "no such file or folder, and no hub id"),
-        ("", "no such file or folder, and no hub id"),
-        ("nul\0byte", "no such file or folder, and no hub id"),
-        ("owner/name:split", "data set 'owner/name', split 'split': "),  # well formed, but tests are offline
+        ("one/two/three", "no such file or folder"),
+        ("owner/name:split", "data set 'owner/name:split' can't be loaded: "),  # tests are offline
+        ("owner/name:config:split:more", "NAME:CONFIG:SPLIT"),
+        ("data.xml", r"files end in \.jsonl, \.json, \.parquet, \.arrow, \.csv"),
+        ("data.json", "data.json' can't be loaded: "),
+        ("data.parquet", "data.parquet' can't be loaded: "),
+        ("good.json:test", "test.*train"),  # its only split
+        ("empty.jsonl", "0 usable records; it is empty"),
+        ("configs", r"configs' can't be loaded: .*one.*two"),  # their names
     ],
 )
-def test_sources_that_do_not_exist(tmp_path, monkeypatch, gemma, source, message):
+def test_sources_that_can_not_be_read(tmp_path, monkeypatch, source, message):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=message):
-        load_pairs(source, gemma)
+    contents = {"data.xml": "x", "data.json": "[1, 2", "data.parquet": "PAR1", "empty.jsonl": "\n\n"}
+    for name, content in contents.items():
+        Path(name).write_text(content)
+    Path("configs").mkdir()
+    for name in ("good", "configs/one", "configs/two"):
+        write(f"{name}.json", GOOD)
+    configs = "".join(f"- config_name: {name}\n  data_files: {name}.json\n" for name in ("one", "two"))
+    Path("configs/README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    with pytest.raises(UserError, match=message) as error:
+        load_pairs(source, GEMMA_IT)
+    assert "\n" not in str(error.value)
+    assert len(load_pairs("configs:two:train", GEMMA_IT)) == 1
 
 
-@pytest.mark.parametrize(
-    "name, content, message",
-    [
-        ("data.csv", "a,b", r"must end in one of \.jsonl, \.json, \.parquet, \.arrow"),
-        ("data.json", "[1, 2", "data.json', split 'train': Unexpected character"),
-        ("data.json", "", "data.json', split 'train': nothing to read"),
-        ("data.parquet", "PAR1", "data.parquet', split 'train': .*size"),
-        ("data.arrow", "no", "data.arrow', split 'train': .*small"),
-        ("data.jsonl", "\n\n", "no usable record; it is empty"),
-    ],
-)
-def test_files_that_can_not_be_read(tmp_path, gemma, name, content, message):
-    (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=message):
-        load_pairs(str(tmp_path / name), gemma)
+def test_tokenised_once_for_what_the_tokens_depend_on(tmp_path, monkeypatch):
+    """A second load reads the first one's tokens, notes included; another input is tokenised anew."""
+    path, records = tmp_path / "data.jsonl", [GOOD, {**GOOD, "prompt": "x" * 40}, {"prompt": "a"}]
+    limits, calls, encode = {"max_length": 60, "max_prompt_length": 50}, [], data.encode
+    monkeypatch.setattr(data, "encode", lambda *args, **options: calls.append(0) or encode(*args, **options))
+
+    def load(tokenizer=FAMILIES["SmolLM2"], **options):
+        calls.clear()
+        return load_pairs(str(path), tokenizer, **limits | options), len(calls)
+
+    write(path, *records)
+    pairs, count = load()
+    assert count == 3 and pairs.notes == {"prompt cut": 1, "left out: no field 'chosen'": 1}
+    again, count = load()
+    assert count == 0 and again.notes == pairs.notes and again.digest() == pairs.digest()
+    assert load(max_length=61)[1] == load(max_prompt_length=49)[1] == load(sft=True)[1] == 3
+    assert load(byte_tokenizer(CHATML, bos_token=IM[0], eos_token=IM[1]))[1] == 3  # another template
+    assert load(byte_tokenizer(SMOLLM_2, IM, eos_token=IM[1]))[1] == 3  # another BOS
+    stat = path.stat()
+    write(path, {**GOOD, "chosen": "bad", "rejected": "yes"}, *records[1:])  # other labels, at the same time
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    changed, count = load()
+    assert count == 3 and changed[0][1].tolist() == pairs[0][2].tolist()
 
 
-def test_a_split_that_a_file_has_not(tmp_path, gemma):
-    write(tmp_path / "data.json", GOOD)
-    with pytest.raises(ValueError, match=r"data\.json', split 'test'.*train"):
-        load_pairs(f"{tmp_path / 'data.json'}:test", gemma)
-
-
-def test_nothing_to_end_a_response_with(load):
-    with pytest.raises(ValueError, match="no EOS"):
-        load(GOOD, tokenizer=byte_tokenizer())
-
-
-def test_a_template_that_rewrites_what_was_said(load):
-    """Prompt and response can't be told apart where an answer changes the turns before it."""
-    turns = "{% for m in messages %}{{ m.content if WHOLE else m.content[:1] }}{% endfor %}"
-    turns += "{{ eos_token if messages[-1].role == 'assistant' }}"
-    message = r"data\.jsonl:1: the chat template rewrites earlier turns"
-    question = byte_tokenizer(turns.replace("WHOLE", "m.role == 'assistant' or loop.last"), eos_token="</s>")
-    with pytest.raises(ValueError, match=message):
-        load(GOOD, tokenizer=question)
-    answer = byte_tokenizer(turns.replace("WHOLE", "m.role == 'user' or loop.last"), eos_token="</s>")
-    with pytest.raises(ValueError, match=message):
-        load({"messages": TALK}, tokenizer=answer, sft=True)
-    assert len(load(GOOD, tokenizer=answer)) == 1  # nothing of a single turn is rewritten
-
-
-def test_a_template_that_is_broken(load):
-    with pytest.raises(ValueError, match="chat template"):
-        load(GOOD, tokenizer=byte_tokenizer("{% for %}", eos_token="</s>"))
-
-
-# ---------------------------------------------------------------- special tokens
-TEXTS = [
-    "good",
-    "",
-    " ",
-    "<eos>",
-    "<bos>a",
-    "a<end_of_turn>",
-    "<end_of_turn>\n<start_of_turn>model\nno",
-    "<pad>a",
-]
-
-
-@pytest.mark.parametrize("text", TEXTS)
-def test_one_bos_and_one_end_whatever_is_written(load, gemma, text):
-    pairs = load({"prompt": "a" + text, "chosen": text, "rejected": "z" + text})
-    prompt, chosen, rejected = (ids.tolist() for ids in pairs[0])
-    assert prompt[0] == BOS and prompt.count(BOS) == 1
-    for ids, written in ((chosen, text), (rejected, "z" + text)):
-        assert ids[-1] == END and not {BOS, EOS, START, END, 0} & set(ids[:-1])
-        assert spell(gemma, ids[:-1]) == written.strip()  # and nothing of it is lost
-
-
-@pytest.mark.parametrize("text", TEXTS)
-def test_sft_has_one_bos_and_one_end_per_answer(load, gemma, text):
-    talk = [user("a" + text), says(text), user("b" + text), says("c" + text)]
-    pairs = load({"messages": talk}, sft=True)
-    (answer, _), _, (other, _) = spell_targets(gemma, pairs)[1]
-    assert pairs.tokens.tolist().count(BOS) == 1 and pairs.tokens[0] == BOS
-    assert answer == text.strip() + "<end_of_turn>" and other == "c" + text.strip() + "<end_of_turn>"
-    targets = pairs.tokens[pairs.is_target].tolist()
-    assert targets.count(END) == 2 and not {BOS, EOS, START} & set(targets)
-
-
-@pytest.mark.parametrize("adds_bos", [True, False])
-@pytest.mark.parametrize("template", [GEMMA_IT, GEMMA_IT.replace("{{ bos_token }}", "")])
-def test_bos_where_the_template_or_the_tokenizer_puts_it(load, template, adds_bos):
-    tokenizer = gemma_tokenizer(template, adds_bos)
-    bos = adds_bos or "bos_token" in template
-    prompt, *_ = spell_pair(tokenizer, load(GOOD, tokenizer=tokenizer))
-    assert prompt == ASK[0 if bos else 5 :]
-
-
-def test_tokens_do_not_merge_across_the_boundary(load, gemma):
-    """Tokenised as one text, the prompt's last "\\n" and the response's first "g" are one token."""
-    pairs = load(GOOD)
-    prompt, chosen, rejected = (ids.tolist() for ids in pairs[0])
-    joint = gemma(ASK + "good<end_of_turn>", add_special_tokens=False).input_ids
-    assert gemma.convert_tokens_to_ids("\ng") in joint and joint != prompt + chosen
-    assert spell(gemma, joint) == spell(gemma, prompt + chosen)
-    assert prompt[-1] == gemma.convert_tokens_to_ids("\n")  # the same prompt for both, and for sampling
-    assert prompt == gemma(ASK, add_special_tokens=False).input_ids
-    assert chosen == [*gemma("good", add_special_tokens=False).input_ids, END]
-    assert rejected == [*gemma("bad", add_special_tokens=False).input_ids, END]
+def test_processes_give_the_tokens_of_one(tmp_path, monkeypatch, cache):
+    records = [{"prompt": str(i), "chosen": "y" * (i % 7), "rejected": "n"} for i in range(20)]
+    one = load_pairs(write(tmp_path / "data.jsonl", *records, {"prompt": "a"}), GEMMA_IT)
+    monkeypatch.setattr(data, "SHARE", 5)
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(cache / "other"))
+    several = load_pairs(str(tmp_path / "data.jsonl"), GEMMA_IT)
+    assert len(list((cache / "other").rglob("cache-*.arrow"))) == 3
+    assert several.digest() == one.digest() and several.notes == one.notes
+    assert [spell(several, i) for i in range(20)] == [spell(one, i) for i in range(20)]
 
 
 # ---------------------------------------------------------------- templates
-SYSTEM = {"role": "system", "content": "be kind"}
-
-
-@pytest.mark.parametrize("template", [GEMMA_IT, None])
-def test_gemma_knows_no_system_role(load, template):
+def test_gemma_knows_no_system_role(tmp_path):
     """Its own template refuses one; ours, for the base model, as well: the text goes before the user's."""
-    tokenizer = gemma_tokenizer(template)
-    pairs = load(
-        {**GOOD, "prompt": [SYSTEM, user("ask me")]}, {**GOOD, "prompt": [SYSTEM]}, tokenizer=tokenizer
-    )
-    assert spell_pair(tokenizer, pairs, 0)[0] == ASK.replace("ask me", "be kind\n\nask me")
-    assert spell_pair(tokenizer, pairs, 1)[0] == ASK.replace("ask me", "be kind")
-    talk = {"messages": [SYSTEM, *TALK]}
-    prompt, runs = spell_targets(tokenizer, load(talk, tokenizer=tokenizer, sft=True))
-    assert prompt == HELLO.replace("hi", "be kind\n\nhi") and len(runs) == 3
-
-
-def test_a_base_gemma_gets_the_turns_of_the_tuned_one(load, tmp_path):
-    base, tuned = gemma_tokenizer(None), gemma_tokenizer(GEMMA_IT)
-    records = [GOOD, {"chosen": TALK, "rejected": [*TALK[:-1], says("d")]}]
-    pairs = load(*records, tokenizer=base)
-    assert pairs.digest() == load(*records, tokenizer=tuned).digest()
-    base.save_pretrained(tmp_path / "saved")  # and keeps them
+    base, talk = gemma_tokenizer(), {"chosen": TALK, "rejected": [*TALK[:-1], *T("a:d")]}
+    for tokenizer in (GEMMA_IT, base):
+        pairs = tokenised({**GOOD, "system": "be kind"}, {**GOOD, "prompt": T("s:be kind")}, by=tokenizer)
+        assert spell(pairs, 0)[0] == ASK.replace("ask me", "be kind\n\nask me")
+        assert spell(pairs, 1)[0] == ASK.replace("ask me", "be kind")
+    assert tokenised(GOOD, talk, by=base).digest() == tokenised(GOOD, talk).digest()
+    base.save_pretrained(tmp_path / "saved")  # it keeps the turns that it got
     again = PreTrainedTokenizerFast.from_pretrained(tmp_path / "saved")
-    assert again.chat_template and load(*records, tokenizer=again).digest() == pairs.digest()
+    assert again.chat_template and tokenised(GOOD, talk, by=again).digest() == tokenised(GOOD, talk).digest()
+    mixed = tokenised({"messages": T("s:be kind") + TALK}, sft=True)
+    assert spell(mixed)[0] == HELLO.replace("hi", "be kind\n\nhi") and len(spell_targets(mixed)) == 3
 
 
-def test_plain_turns_without_template_and_gemma(load):
-    tokenizer = byte_tokenizer(bos_token="<s>", eos_token="</s>")
-    pairs = load({**GOOD, "prompt": [SYSTEM, *TALK[:3]]}, tokenizer=tokenizer)
-    texts = [tokenizer.decode(ids.tolist()) for ids in pairs[0]]
+def test_the_halos_format(tmp_path):
+    """What a tokenizer without template gets that is not Gemma's, or on demand."""
     talk = "\n<|system|>\nbe kind\n<|user|>\nhi\n<|assistant|>\na b</s>\n<|user|>\nmore?\n<|assistant|>\n"
-    assert texts == ["<s>" + talk, "good</s>", "bad</s>"]
+    plain, gemma, path = byte_tokenizer(**S), gemma_tokenizer(), write(tmp_path / "data.jsonl", GOOD)
+    pairs = tokenised({**GOOD, "prompt": T("s:be kind") + TALK[:3]}, by=plain)
+    assert spell(pairs, by=plain) == ["<s>" + talk, "yes</s>", "bad</s>"]
+    pairs = load_pairs(path, gemma, chat_format="halos")
+    assert spell(pairs, by=gemma) == ["<bos>\n<|user|>\nask me\n<|assistant|>\n", "yes<eos>", "bad<eos>"]
+    assert load_pairs(path, gemma, chat_format="halos").digest() == pairs.digest()  # a run that goes on
+    with pytest.raises(UserError, match="a chat template of its own"):
+        load_pairs(path, GEMMA_IT, chat_format="halos")
 
 
-def test_one_token_for_both_bos_and_eos(load):
-    """GPT-2's: the ends of earlier answers are no second BOS."""
+def test_one_token_for_both_bos_and_eos():
+    """GPT-2's: the ends of earlier answers are kept, and so is the BOS in front."""
     tokenizer = byte_tokenizer(bos_token="<|end|>", eos_token="<|end|>")
-    prompt, chosen, _ = load({**GOOD, "prompt": TALK[:3]}, tokenizer=tokenizer)[0]
     text = "<|end|>\n<|user|>\nhi\n<|assistant|>\na b<|end|>\n<|user|>\nmore?\n<|assistant|>\n"
-    assert tokenizer.decode(prompt.tolist()) == text
-    assert tokenizer.decode(chosen.tolist()) == "good<|end|>"
+    pairs = tokenised({**GOOD, "prompt": TALK[:3]}, by=tokenizer)
+    assert spell(pairs, by=tokenizer) == [text, "yes<|end|>", "bad<|end|>"]
 
 
-def test_a_template_that_ends_no_turn(load):
+def test_a_template_that_ends_no_turn():
+    """EOS is appended once, also behind a special token that someone typed; SFT learns each answer's text."""
     tokenizer = byte_tokenizer("{% for m in messages %}{{ m.content + '\n' }}{% endfor %}", eos_token="</s>")
-    pairs = load(GOOD, tokenizer=tokenizer)
-    assert [tokenizer.decode(ids.tolist()) for ids in pairs[0]] == ["ask me\n", "good\n</s>", "bad\n</s>"]
+    pairs = tokenised(GOOD, {**GOOD, "chosen": "a</s>b"}, by=tokenizer)
+    assert spell(pairs, 0, tokenizer) == ["ask me\n", "yes\n</s>", "bad\n</s>"]
+    assert spell(pairs, 1, tokenizer)[1] == "a</s>b\n</s>"
+    typed = {"EOS appended: the chat template ends no turn": 2, "special tokens typed in a text": 1}
+    assert pairs.notes == typed
+    talk = tokenised({"messages": TALK}, by=tokenizer, sft=True)
+    assert spell_targets(talk, by=tokenizer) == [("a b\n", True), ("more?\n", False), ("c\n</s>", True)]
+    with pytest.raises(UserError, match="no EOS"):
+        Chat(byte_tokenizer(tokenizer.chat_template))
 
 
-def test_a_prompt_of_no_tokens(load):
-    """Nothing would predict the first response token."""
-    template = "{% for m in messages if m.role == 'assistant' %}{{ m.content }}{% endfor %}"
-    with pytest.raises(ValueError, match=r"left out: prompt is empty \(1\)"):
-        load(GOOD, tokenizer=byte_tokenizer(template, eos_token="</s>"))
+def test_a_template_that_rewrites_what_was_said():
+    """A question that reads differently once it is answered: its tokens would be learnt as the response."""
+    turns = "{% for m in messages %}{{ m.content if WHOLE else m.content[:1] }}{% endfor %}"
+    turns += "{{ eos_token if messages[-1].role == 'assistant' }}"
+    question = turns.replace("WHOLE", "m.role == 'assistant' or loop.last")
+    pairs = tokenised(GOOD, by=byte_tokenizer(question, eos_token="</s>"))
+    assert pairs.notes == {"left out: the chat template rewrites the prompt when it is answered": 1}
+    answer = byte_tokenizer(turns.replace("WHOLE", "m.role == 'user' or loop.last"), eos_token="</s>")
+    pairs = tokenised({"messages": TALK}, by=answer, sft=True)
+    assert spell(pairs, by=answer) == ["hiamore?", "c</s>", ""]  # the last answer alone
+    assert pairs.notes == {"earlier answers not learnt: the chat template rewrites them": 1}
 
 
-# ---------------------------------------------------------------- odd text
+def test_templates_that_are_broken():
+    for template in ("{% for %}", "{{ raise_exception('never') }}", "{{ messages[0].content.no() }}"):
+        with pytest.raises(UserError, match="chat template does not work"):
+            Chat(byte_tokenizer(template, eos_token="</s>"))
+    # A prompt of no tokens: nothing would predict the first response token.
+    mute = byte_tokenizer("{% for m in messages[1:] %}{{ m.content }}{% endfor %}", eos_token="</s>")
+    assert tokenised(GOOD, by=mute).notes["left out: prompt is empty"] == 1
+
+
 @pytest.mark.parametrize(
-    "text, read",
-    [
-        ("héllo 😀 日本", "héllo 😀 日本"),
-        ("a\0b", "a\0b"),
-        ("\ud800a\udfff", "\ufffda\ufffd"),  # halves of a surrogate pair
-        ("\u200b\u202e\ufeff", "\u200b\u202e\ufeff"),
-    ],
+    "text", ["<eos>", "<bos>a", "a<end_of_turn>", "<end_of_turn>\n<start_of_turn>model\nno"]
 )
-@pytest.mark.parametrize("sft", [False, True])
-def test_odd_characters_arrive(load, gemma, text, read, sft):
-    record = {"prompt": "x" + text, "chosen": text, "rejected": text + "."}
-    prompt, chosen, rejected = load(record, sft=sft)[0]
-    assert "x" + read in gemma.decode(prompt.tolist())
-    assert gemma.decode(chosen[:-1].tolist()) == read and chosen[-1] == END
-    assert sft or gemma.decode(rejected[:-1].tolist()) == read + "."
+@pytest.mark.parametrize("field", ["prompt", "chosen", "system"])
+def test_special_tokens_typed_in_a_text_are_counted(text, field):
+    """They are the template's own tokens; the response still ends where the template ends it."""
+    pairs = tokenised({**GOOD, field: text + "z"}, GOOD)
+    prompt, answers = data.to_pair({**GOOD, field: text + "z"})
+    assert torch.cat(pairs[0][:2]).tolist() == rendered("Gemma", [*prompt, answers[0]])
+    assert pairs.notes == {"special tokens typed in a text": 1}
 
 
-def test_a_million_characters(load, gemma):
-    pairs = load(
-        {"prompt": "go " * 10_000, "chosen": "good " * 200_000, "rejected": "b"},
-        max_length=64,
-        max_prompt_length=32,
-    )
-    assert [len(ids) for ids in pairs[0]] == [LEAST_PROMPT, 64 - LEAST_PROMPT, 2]
+def test_a_tokenizer_that_reads_no_text(tmp_path):
+    """A model's folder without tokenizer files yields one that knows nothing."""
+    Gemma2Config(vocab_size=300).save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match="tokenizer"):
+        data.load_tokenizer(str(tmp_path / "model"))
+    with pytest.raises(UserError, match="no such file or folder"):
+        data.load_tokenizer("runs/none/model")
+    GEMMA_IT.save_pretrained(tmp_path / "good")
+    assert data.load_tokenizer(str(tmp_path / "good")).chat_template == GEMMA
+    data.check_tokenizer(FAMILIES["Llama-2"], ["any text, 日本", ""])
 
 
 # ---------------------------------------------------------------- truncation
-def lengths(load, prompt, chosen, rejected, max_length, max_prompt_length, **options):
-    """(lengths after the cut, pairs, the uncut pairs) of a pair with that many tokens.
-
-    16 tokens of the prompt are the turns': BOS, start, user (4 letters), newline; then end, newline, start,
-    model (5 letters), newline. One token of a response is its end.
-    """
-    letters = "abcdefghijklmnopqrstuvwxyz" * 9
-    record = {
-        "prompt": letters[: prompt - 16],
-        "chosen": "y" + letters[: chosen - 2],
-        "rejected": "z" * (rejected - 1),
-    }
-    whole = load(record, max_length=9999, max_prompt_length=9998, **options)
-    assert [len(ids) for ids in whole[0]] == [prompt, chosen, 0 if options else rejected]
-    pairs = load(record, max_length=max_length, max_prompt_length=max_prompt_length, **options)
-    return [len(ids) for ids in pairs[0]], pairs, whole
-
-
 @pytest.mark.parametrize(
-    "prompt, chosen, rejected, max_length, max_prompt_length, expected",
+    "max_length, max_prompt_length, expected",
     [
-        (30, 10, 20, 50, 49, (30, 10, 20)),  # it just fits
-        (30, 10, 20, 49, 48, (29, 10, 20)),  # the prompt gives way, the responses stay whole
-        (30, 10, 20, 37, 36, (17, 10, 20)),
-        (30, 10, 20, 35, 34, (16, 10, 19)),  # not below LEAST_PROMPT: then the longer response
-        (30, 10, 20, 24, 23, (16, 8, 8)),  # then both
-        (30, 10, 20, 17, 16, (16, 1, 1)),
-        (30, 10, 20, 16, 15, (15, 1, 1)),  # below LEAST_PROMPT: one response token remains
-        (30, 10, 20, 2, 1, (1, 1, 1)),  # the least there is
-        (30, 10, 20, 500, 20, (20, 10, 20)),  # max_prompt_length alone
-        (30, 10, 20, 500, 1, (1, 10, 20)),
-        (30, 10, 20, 16, 5, (5, 10, 11)),
+        (50, 10, (30, 10, 20)),  # both fit: nothing is cut, whatever max_prompt_length is
+        (49, 30, (30, 10, 19)),  # one too many: the prompt is within its own limit, so the response goes
+        (49, 29, (29, 10, 20)),  # the prompt goes down to its limit
+        (49, 12, (12, 10, 20)),
+        (31, 12, (12, 10, 19)),  # then the longer response
+        (20, 12, (12, 8, 8)),  # then both
+        (13, 12, (12, 1, 1)),  # one response token remains
+        (2, 1, (1, 1, 1)),  # the least there is: BOS
     ],
 )
-def test_truncation(load, prompt, chosen, rejected, max_length, max_prompt_length, expected):
-    got, pairs, whole = lengths(load, prompt, chosen, rejected, max_length, max_prompt_length)
-    assert tuple(got) == expected
-    x, y_w, y_l = (ids.tolist() for ids in whole[0])
-    keep = expected[0]
-    x = x if keep == prompt else ([BOS, *x[prompt - keep + 1 :]] if keep > 1 else x[-1:])
-    assert [ids.tolist() for ids in pairs[0]] == [x, y_w[: expected[1]], y_l[: expected[2]]]
-    cut = {"prompt cut": keep < prompt, "response cut": expected[1:] != (chosen, rejected)}
-    assert pairs.notes == {reason: 1 for reason, done in cut.items() if done}
+def test_truncation_by_hand(max_length, max_prompt_length, expected):
+    """30, 10 and 20 tokens: 16 of a prompt are the turns' (BOS, start, user, newline; end, …), 1 the end."""
+    record = {"prompt": "abcdefghijklmn", "chosen": "yabcdefhi", "rejected": "z" * 19}
+    x, y_w, y_l = (ids.tolist() for ids in tokenised(record)[0])
+    assert (len(x), len(y_w), len(y_l)) == (30, 10, 20)
+    pairs = tokenised(record, max_length=max_length, max_prompt_length=max_prompt_length)
+    keep, *cut = expected
+    x = x if keep == 30 else [BOS, *x[30 - keep + 1 :]]
+    assert [ids.tolist() for ids in pairs[0]] == [x, y_w[: cut[0]], y_l[: cut[1]]]
+    done = {"prompt cut": keep < 30, "response cut": cut != [10, 20]}
+    assert pairs.notes == {reason: 1 for reason in done if done[reason]}
 
 
-@pytest.mark.parametrize("sft", [False, True])
-def test_endless_texts_are_cut_before_they_are_tokenised(load, monkeypatch, sft):
-    """What is left of 300,000 characters is the same, and only as many go in as the limits may need."""
-    endless = "good is it. " * 25_000
-    record = {"prompt": "how " + endless, "chosen": endless, "rejected": "no " + endless}
-    talk = {"messages": [user("how " + endless), says(endless), user(endless), says("b")]}
-    limits, seen, encode = {"max_length": 60, "max_prompt_length": 30, "sft": sft}, [], data.Renderer.encode
-
-    def noting(self, pieces):
-        seen.append(max(len(text) for text, _ in pieces))
-        return encode(self, pieces)
-
-    monkeypatch.setattr(data.Renderer, "encode", noting)
-    short = load(talk if sft else record, **limits)
-    monkeypatch.setattr(data, "LONGEST_TOKEN", 10**9)
-    whole = load(talk if sft else record, **limits)
-    assert seen[0] == 60 * 256 and seen[1] > 300_000
-    assert short.digest() == whole.digest() and short.notes == whole.notes and len(short[0][1]) == 44
+def test_truncation_without_bos_and_in_sft():
+    """No BOS: none is kept. SFT: the end of all that follows the first prompt goes, mask and all."""
+    record, by = {**GOOD, "prompt": "x" * 40}, FAMILIES["Qwen-3"]
+    short = tokenised(record, by=by, max_length=60, max_prompt_length=20)[0][0].tolist()
+    assert short == tokenised(record, by=by)[0][0].tolist()[-20:]
+    talk = {"messages": T("u:" + "d" * 20, "a:" + "a" * 9, "u:bye", "a:" + "b" * 50)}
+    pairs = tokenised(talk, sft=True, max_length=60, max_prompt_length=36)
+    assert spell(pairs)[0] == ASK.replace("ask me", "d" * 20)  # 36 of 60; 10 for the answer leave 14
+    rest = ("\n<start_of_turn>user\nbye<end_of_turn>\n<start_of_turn>m", False)
+    assert spell_targets(pairs) == [("a" * 9 + "<end_of_turn>", True), rest]
+    assert pairs.notes == {"response cut": 1}
+    same = {"prompt": "a", "chosen": "same begin", "rejected": "same end"}
+    assert tokenised(same, max_length=20, max_prompt_length=16).notes["left out: identical responses"] == 1
 
 
-def test_truncation_in_sft(load, gemma):
-    """The first answer stays whole where the prompt can give way; cut is the end of the conversation."""
-    assert lengths(load, 30, 20, 2, 40, 39, sft=True)[0] == [20, 20, 0]
-    talk = {"messages": [user("d" * 20), says("a" * 9), user("bye"), says("b" * 50)]}
-    prompt, runs = spell_targets(gemma, load(talk, sft=True, max_length=60, max_prompt_length=59))
-    assert prompt == ASK.replace("ask me", "d" * 20)  # 36 tokens of 60; 10 for the answer leave 14
-    assert runs[0] == ("a" * 9 + "<end_of_turn>", True)
-    assert runs[1:] == [("\n<start_of_turn>user\nbye<end_of_turn>\n<start_of_turn>m", False)]
-    pairs = load(talk, sft=True, max_length=48, max_prompt_length=47)
-    assert [len(ids) for ids in pairs[0]] == [36, 12, 0] and int(pairs.is_target.sum()) == 10
+@pytest.mark.parametrize("limits", [(1, 1), (8, 8), (8, 9), (8, 0), (8, -1)])
+def test_limits_that_leave_no_token(limits):
+    options = dict(zip(("max_length", "max_prompt_length"), limits, strict=True))
+    with pytest.raises(UserError, match=f"{limits[1]}: from 1 to below max_length {limits[0]}"):
+        load_pairs("a.jsonl", GEMMA_IT, **options)
 
 
-def test_a_cut_that_makes_responses_identical(load):
-    record = {"prompt": "a", "chosen": "same begin", "rejected": "same end"}
-    assert load(record, GOOD, max_length=20, max_prompt_length=16).notes["left out: identical responses"] == 1
+ODD = ["<bos>", "<eos>", "<end_of_turn>", "<|im_end|>", "</s>", "\n\nHuman: ", "\n\nAssistant:", "good", "\0"]
+ANY_TEXT = st.text(st.characters(exclude_categories=()), max_size=6)  # lone surrogates too
+TEXTS = st.lists(ANY_TEXT | st.sampled_from(ODD), max_size=4).map("".join)
 
 
-@pytest.mark.parametrize("limits", [(1, 1), (8, 8), (8, 9), (8, 0), (8, -1), (0, 0)])
-def test_limits_that_leave_no_token(load, limits):
-    with pytest.raises(ValueError, match=f"max_prompt_length {limits[1]}: .* max_length {limits[0]}"):
-        load(GOOD, max_length=limits[0], max_prompt_length=limits[1])
+@given(st.tuples(TEXTS, TEXTS, TEXTS), st.sampled_from(sorted(FAMILIES)), st.integers(2, 60), st.data())
+@settings(max_examples=200, deadline=None)
+def test_any_text_gives_the_template_s_tokens_or_a_reason(texts, family, longest, draw):
+    record, by = dict(zip(("prompt", "chosen", "rejected"), texts, strict=True)), FAMILIES[family]
+    limits = {"max_length": longest, "max_prompt_length": draw.draw(st.integers(1, longest - 1))}
+    whole, cut = tokenised(record, by=by), tokenised(record, by=by, **limits)
+    assert len(whole) + sum(note.startswith("left out") for note in whole.notes) == 1
+    assert len(cut) <= len(whole)
+    if len(whole):
+        x, *sides = (ids.tolist() for ids in whole[0])
+        prompt, answers = data.to_pair(record)
+        assert [x + y for y in sides] == [rendered(family, [*prompt, answer]) for answer in answers]
+    if len(cut):
+        short, *short_sides = (ids.tolist() for ids in cut[0])
+        assert short and all(short_sides) and len(short) + max(map(len, short_sides)) <= longest
+        assert x[len(x) - len(short) + 1 :] == short[1:] and (x[0] == short[0] or x[0] != by.bos_token_id)
+        assert [y[: len(z)] for y, z in zip(sides, short_sides, strict=True)] == short_sides
 
 
 # ---------------------------------------------------------------- storage
-def test_more_records_than_are_tokenised_at_once(load, gemma, monkeypatch):
-    monkeypatch.setattr("data.CHUNK", 3)
-    names = [x + y for x in "abcd" for y in "efgh"]
-    records = [{"prompt": name, "chosen": name + " a", "rejected": name} for name in names]
-    records[4:4] = [{"prompt": "left out"}] * 4
-    pairs = load(*records)
-    assert [spell_pair(gemma, pairs, i) for i in range(len(pairs))] == [
-        [ASK.replace("ask me", name), name + " a<end_of_turn>", name + "<end_of_turn>"] for name in names
-    ]
-    assert pairs.notes == {"left out: no field 'chosen'": 4}
+ROWS = [([2, 5, 6], [10, 11], [20]), ([2], [7], [8])]
 
 
-def test_digest_is_of_tokens_targets_and_bounds():
-    rows = ([2, 5, 6], [10, 11], [20]), ([2], [7], [8])
-    digest = Pairs(rows).digest()
-    assert (
-        digest == Pairs([(*row, [True] * (len(row[1]) + len(row[2]))) for row in rows], {"note": 1}).digest()
-    )
+def test_digest_is_of_tokens_targets_and_sizes():
+    digest = Pairs(ROWS).digest()
+    assert Pairs([(*row, [True] * len(row[1])) for row in ROWS], {"note": 1}).digest() == digest
+    parts = [data.pa.concat_tables([Pairs([row]).table for row in ROWS]), Pairs(ROWS).table.slice(0, 1)]
+    assert Pairs(parts[0]).digest() == digest and parts[0]["tokens"].num_chunks == 2  # however it is divided
     others = [
-        [([2, 5, 6], [10, 12], [20]), rows[1]],  # one token
-        [([2, 5, 6], [10], [11, 20]), rows[1]],  # a boundary
-        [([2, 5], [6, 10, 11], [20]), rows[1]],
-        [([2, 5, 6], [10, 11], [20], [True, False, True]), rows[1]],  # a target
-        [rows[1], rows[0]],
-        [rows[0]],
+        [([2, 5, 6], [10, 12], [20]), ROWS[1]],  # one token
+        [([2, 5, 6], [10], [11, 20]), ROWS[1]],  # a boundary
+        [([2, 5], [6, 10, 11], [20]), ROWS[1]],
+        [([2, 5, 6], [10, 11], [20], [True, False]), ROWS[1]],  # a target
+        [ROWS[1], ROWS[0]],
+        [ROWS[0]],
     ]
     assert len({digest, *(Pairs(other).digest() for other in others)}) == 1 + len(others)
+    pairs = Pairs(parts[1], {"note": 3})
+    assert pairs.digest() == Pairs(ROWS[:1]).digest() and pairs.sizes.tolist() == [[3, 2, 1]]
+    assert [ids.tolist() for ids in pairs[0]] == [[2, 5, 6], [10, 11], [20]]
+    assert len(pairs) == 1 and pairs.largest_token() == 20 and pairs.notes == {"note": 3}
+
+
+def test_row_lengths_are_those_of_padded_rows():
+    pairs = Pairs([([2, 5, 6], [10, 11], [20, 21, 22]), ([2, 7], [30], [40, 41]), ([2, 7], [30], [])])
+    assert pairs.row_lengths("shared").tolist() == [8, 5, 3]
+    assert pairs.row_lengths("separate").tolist() == [2 * 6, 2 * 4, 3]
+    assert pairs.row_lengths("shared", 8).tolist() == [8, 8, 8]
+    assert pairs.row_lengths("separate", 4).tolist() == [2 * 8, 2 * 4, 4]
+    for layout in ("shared", "separate"):
+        alone = [collate(pairs, [i], layout=layout, row_multiple=4).tokens.numel() for i in range(3)]
+        assert pairs.row_lengths(layout, 4).tolist() == alone
 
 
 # ---------------------------------------------------------------- batches
@@ -678,9 +728,8 @@ def check(batch, **expected):
 
 
 def test_shared_rows_by_hand():
-    batch = collate(PAIRS, [1, 0], layout="shared", row_multiple=4, pad_id=9)
     check(
-        batch,
+        collate(PAIRS, [1, 0], layout="shared", row_multiple=4, pad_id=9),
         tokens=[[2, 7, 30, 40, 41, 9, 9, 9], [2, 5, 6, 10, 11, 20, 21, 22]],
         positions=[[0, 1, 2, 2, 3, 0, 0, 0], [0, 1, 2, 3, 4, 3, 4, 5]],
         segment=[[0, 0, 1, 2, 2, -1, -1, -1], [0, 0, 0, 1, 1, 2, 2, 2]],
@@ -689,38 +738,29 @@ def test_shared_rows_by_hand():
     )
 
 
+SEPARATE = {
+    "tokens": [[2, 7, 30, 0, 0, 0], [2, 7, 40, 41, 0, 0], [2, 5, 6, 10, 11, 0], [2, 5, 6, 20, 21, 22]],
+    "positions": [[0, 1, 2, 0, 0, 0], [0, 1, 2, 3, 0, 0], [0, 1, 2, 3, 4, 0], [0, 1, 2, 3, 4, 5]],
+    "segment": [[0, 0, 1, -1, -1, -1], [0, 0, 2, 2, -1, -1], [0, 0, 0, 1, 1, -1], [0, 0, 0, 2, 2, 2]],
+    "doc": [[0, 0, 0, -1, -1, -1], [1, 1, 1, 1, -1, -1], [2, 2, 2, 2, 2, -1], [3] * 6],
+}
+
+
 def test_separate_rows_by_hand():
-    batch = collate(PAIRS, torch.tensor([1, 0]), padding_pair=True)
-    check(
-        batch,
-        tokens=[[2, 7, 30, 0, 0, 0], [2, 7, 40, 41, 0, 0], [2, 5, 6, 10, 11, 0], [2, 5, 6, 20, 21, 22]],
-        positions=[[0, 1, 2, 0, 0, 0], [0, 1, 2, 3, 0, 0], [0, 1, 2, 3, 4, 0], [0, 1, 2, 3, 4, 5]],
-        segment=[[0, 0, 1, -1, -1, -1], [0, 0, 2, 2, -1, -1], [0, 0, 0, 1, 1, -1], [0, 0, 0, 2, 2, 2]],
-        doc=[[0, 0, 0, -1, -1, -1], [1, 1, 1, 1, -1, -1], [2, 2, 2, 2, 2, -1], [3] * 6],
-        state=[1, 12 + 2, 12 + 3, 6 + 1, 6 + 2, 18 + 2, 18 + 3, 18 + 4],
-        weight=[0, 0],
-    )
+    state = [1, 12 + 2, 12 + 3, 6 + 1, 6 + 2, 18 + 2, 18 + 3, 18 + 4]
+    check(collate(PAIRS, torch.tensor([1, 0]), padding_pair=True), **SEPARATE, state=state, weight=[0, 0])
 
 
-def test_packed_rows_by_hand():
-    """Documents of 3, 4, 5 and 6 tokens, into rows of 7."""
-    batch = collate(PAIRS, [1, 0], layout="separate", pack_to=7, pad_id=9)
+@pytest.mark.parametrize("layout", ["shared", "separate"])
+def test_all_positions_by_hand(layout):
+    """Every token but a row's first is a target of its row's response, always in separate rows."""
     check(
-        batch,
-        tokens=[[2, 7, 30, 2, 7, 40, 41], [2, 5, 6, 10, 11, 9, 9], [2, 5, 6, 20, 21, 22, 9]],
-        positions=[[0, 1, 2, 0, 1, 2, 3], [0, 1, 2, 3, 4, 0, 0], [0, 1, 2, 3, 4, 5, 0]],
-        segment=[[0, 0, 1, 0, 0, 2, 2], [0, 0, 0, 1, 1, -1, -1], [0, 0, 0, 2, 2, 2, -1]],
-        doc=[[0, 0, 0, 1, 1, 1, 1], [2, 2, 2, 2, 2, -1, -1], [3, 3, 3, 3, 3, 3, -1]],
-        state=[1, 7 + 2, 7 + 3, 4, 5, 14 + 2, 14 + 3, 14 + 4],
-    )
-    one = collate(PAIRS, [1, 0], layout="shared", pack_to=13, row_multiple=16)
-    check(
-        one,
-        tokens=[[2, 7, 30, 40, 41, 2, 5, 6, 10, 11, 20, 21, 22, 0, 0, 0]],
-        positions=[[0, 1, 2, 2, 3, 0, 1, 2, 3, 4, 3, 4, 5, 0, 0, 0]],
-        segment=[[0, 0, 1, 2, 2, 0, 0, 0, 1, 1, 2, 2, 2, -1, -1, -1]],
-        doc=[[0] * 5 + [1] * 8 + [-1] * 3],
-        state=[1, 7, 8, 1, 3, 7, 10, 11],
+        collate(PAIRS, [1, 0], layout=layout, all_positions=True),
+        **SEPARATE,
+        target=[7, 30, 5, 6, 10, 11, 7, 40, 41, 5, 6, 20, 21, 22],
+        owner=[0, 0, 1, 1, 1, 1, 2, 2, 2, 3, 3, 3, 3, 3],
+        state=[0, 1, 12, 13, 14, 15, 6, 7, 8, 18, 19, 20, 21, 22],
+        lengths=[2, 4, 3, 5],
     )
 
 
@@ -739,83 +779,51 @@ def test_sft_rows_by_hand(layout):
     assert pairs.row_lengths(layout).tolist() == [6, 2]
 
 
-def test_row_lengths():
-    assert PAIRS.row_lengths("shared").tolist() == [8, 5]
-    assert PAIRS.row_lengths("separate").tolist() == [2 * 6, 2 * 4]
-
-
 TOKENS = st.lists(st.integers(3, 99), min_size=1, max_size=6)
-MAYBE_NONE = st.lists(st.integers(3, 99), max_size=5)
-ROWS = st.lists(st.tuples(TOKENS, TOKENS, MAYBE_NONE), min_size=1, max_size=5)
 
 
-@given(
-    data=st.data(), layout=st.sampled_from(["shared", "separate"]), row_multiple=st.integers(1, 8),
-    pack_to=st.integers(0, 40),
-)  # fmt: skip
+@given(rows=st.lists(st.tuples(TOKENS, TOKENS, TOKENS | st.just([])), min_size=1, max_size=5), data=st.data(),
+       layout=st.sampled_from(["shared", "separate"]), row_multiple=st.integers(1, 8))  # fmt: skip
 @settings(max_examples=150, deadline=None)
-def test_every_response_token_once_and_what_its_state_sees(data, layout, row_multiple, pack_to):
+def test_every_response_token_once_and_what_its_state_sees(rows, data, layout, row_multiple):
     """What a state sees, by the mask in data.py's head, is prompt and response up to the token, exactly."""
-    rows, pairs = data.draw(ROWS), []
-    for x, y_w, y_l in rows:
-        size = len(y_w) + len(y_l)
-        mask = [True] * size if y_l else data.draw(st.lists(st.booleans(), min_size=size, max_size=size))
-        pairs.append((x, y_w, y_l, mask))
+    masks = [data.draw(st.lists(st.booleans(), min_size=len(y), max_size=len(y))) for _, y, _ in rows]
+    masks = [mask if not row[2] else [True] * len(mask) for row, mask in zip(rows, masks, strict=True)]
+    pairs = Pairs([(*row, mask) for row, mask in zip(rows, masks, strict=True)])
     indices = data.draw(st.lists(st.integers(0, len(rows) - 1), min_size=1, max_size=5))
-    batch = collate(Pairs(pairs), indices, layout=layout, row_multiple=row_multiple, pack_to=pack_to)
-
+    batch = collate(pairs, indices, layout=layout, row_multiple=row_multiple)
     expected = []  # (owner, target, the tokens before it)
     for side in (1, 2):
         for b, i in enumerate(indices):
-            x, mask, y = pairs[i][0], pairs[i][3][len(pairs[i][1]) * (side - 1) :], pairs[i][side]
-            owner = b + (side - 1) * len(indices)
-            expected += [(owner, y[t], x + y[:t]) for t in range(len(y)) if mask[t]]
+            x, y, mask = rows[i][0], rows[i][side], masks[i] if side == 1 else [True] * len(rows[i][2])
+            expected += [(b + (side - 1) * len(indices), y[t], x + y[:t]) for t in range(len(y)) if mask[t]]
     L, got = batch.tokens.shape[1], []
     assert L % row_multiple == 0
     for owner, target, state in torch.stack([batch.owner, batch.target, batch.state], 1).tolist():
         r, q = divmod(state, L)
-        segment = 1 + (owner >= len(indices))
         seen = batch.doc[r, : q + 1] == batch.doc[r, q]
         seen &= (batch.segment[r, : q + 1] == 0) | (batch.segment[r, : q + 1] == batch.segment[r, q])
-        assert batch.segment[r, q] in (0, segment)
+        assert batch.segment[r, q] in (0, 1 + (owner >= len(indices)))
         assert batch.positions[r, : q + 1][seen].tolist() == list(range(int(seen.sum())))
         got.append((owner, target, batch.tokens[r, : q + 1][seen].tolist()))
-    assert got == expected
+    assert got == expected and batch.index.tolist() == indices
     assert batch.lengths.tolist() == [sum(row[0] == n for row in expected) for n in range(2 * len(indices))]
-    assert batch.index.tolist() == indices
-    assert int((batch.doc >= 0).sum()) == int((batch.segment >= 0).sum())
-    assert not batch.tokens[batch.segment < 0].any()
-    if pack_to == 0:
-        assert all(len(set(row.tolist()) - {-1}) == 1 for row in batch.doc)
+    assert torch.equal(batch.doc >= 0, batch.segment >= 0) and not batch.tokens[batch.segment < 0].any()
 
 
-SPECIAL = ["<bos>", "<eos>", "<end_of_turn>", "<start_of_turn>model\n", "<pad>", "\n\nHuman: ", "good", "\0"]
-ANY_TEXT = st.text(st.characters(exclude_categories=()), max_size=6)  # lone surrogates too
-PIECES = st.lists(ANY_TEXT | st.sampled_from(SPECIAL), max_size=4).map("".join)
+def test_stream_gives_batches_and_what_is_looked_up():
+    from fpo import Statistics
 
+    def lookup(index):
+        return Statistics(index.double(), features=(index[:, None],))
 
-@given(texts=st.tuples(PIECES, PIECES, PIECES), longest=st.integers(2, 60), data=st.data(), sft=st.booleans())
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_text_gives_a_sound_pair_or_a_reason(load, gemma, texts, longest, data, sft):
-    max_length, max_prompt_length = longest, data.draw(st.integers(1, longest - 1))
-    record = dict(zip(("prompt", "chosen", "rejected"), texts, strict=True))
-    try:
-        pairs = load(record, sft=sft, max_length=max_length, max_prompt_length=max_prompt_length)
-    except ValueError as error:
-        assert "prompt is empty" in str(error) or "identical responses" in str(error)
-        assert not texts[0].strip() or sft is False
-        return
-    prompt, chosen, rejected = (ids.tolist() for ids in pairs[0])
-    assert prompt and chosen and (rejected or sft)
-    assert len(prompt) <= max_prompt_length and len(prompt) + max(len(chosen), len(rejected)) <= max_length
-    assert (
-        prompt.count(BOS) == (1 if max_prompt_length > 1 and len(prompt) > 1 else 0) and BOS not in prompt[1:]
-    )
-    for ids, text in ((chosen, texts[1]), (rejected, texts[2])):
-        assert not {BOS, EOS, START, 0} & set(ids) and END not in ids[:-1]
-        if ids and ids[-1] == END:  # not cut: nothing of the text is lost
-            read = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            assert gemma.decode(ids[:-1]).strip() == read.strip()
+    options = {"device": "cpu", "lookup": lookup, "layout": "shared"}
+    (first, reference), (empty, other) = data.stream(PAIRS, [[1, 0], []], **options)
+    assert first.index.tolist() == [1, 0] and first.weight.tolist() == [1, 1] and first.doc.max() == 1
+    assert isinstance(reference, Statistics) and reference.logps.tolist() == [1, 0] and reference.kl is None
+    assert reference.features[0].tolist() == [[1], [0]] and other.logps.tolist() == [0]
+    assert empty.index.tolist() == [0] and empty.weight.tolist() == [0]  # keeps a rank busy
+    assert [reference for _, reference in data.stream(PAIRS, [[0]], device="cpu")] == [None]
 
 
 # ---------------------------------------------------------------- steps
@@ -857,12 +865,99 @@ def test_micro_batches(sizes, ranks, data, max_pairs, max_tokens):
 
 
 def test_epoch_order():
-    orders = {
-        (epoch, seed): tuple(epoch_order(50, epoch, seed).tolist()) for epoch in range(3) for seed in range(3)
-    }
-    assert all(sorted(order) == list(range(50)) for order in orders.values())
-    assert len(set(orders.values())) == 9
-    torch.manual_seed(5)
     state = torch.get_rng_state()
-    assert tuple(epoch_order(50, 2, 1).tolist()) == orders[2, 1]
-    assert torch.equal(state, torch.get_rng_state())  # nothing but its arguments counts, or is touched
+    orders = [tuple(epoch_order(50, epoch, seed).tolist()) for epoch in range(3) for seed in range(3)]
+    assert len(set(orders)) == 9 and all(sorted(order) == list(range(50)) for order in orders)
+    torch.manual_seed(5)
+    assert tuple(epoch_order(50, 2, 1).tolist()) == orders[7]  # its arguments alone count
+    torch.set_rng_state(state)
+    epoch_order(50, 0, 0)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+# ---------------------------------------------------------------- files and ranks
+def test_writing_leaves_the_old_file_or_the_new_one(tmp_path):
+    path = tmp_path / "new/a.json"
+    data.write_json(path, {"π": 1})
+    assert json.loads(path.read_text()) == {"π": 1} and [p.name for p in path.parent.iterdir()] == ["a.json"]
+    with pytest.raises(UserError, match=r"new/a\.json/b") as error:
+        data.write_text(path / "b", "text")
+    assert not error.value.everywhere
+    for keep in (False, True):
+        with pytest.raises(UserError, match="half: disk full"), data.writing(tmp_path / "half", keep=keep):
+            (tmp_path / "half").write_text("be")
+            raise OSError("disk full")
+        assert (tmp_path / "half").exists() == keep
+
+
+HOLDER = (
+    "import filelock, sys; lock = filelock.FileLock(sys.argv[1]).acquire(); print(1, flush=True); input()"
+)
+
+
+def test_a_folder_is_held_by_one_process(tmp_path, capsys):
+    with data.hold(tmp_path), data.hold(tmp_path):  # a process may hold it again
+        pass
+    words = [sys.executable, "-c", HOLDER, tmp_path / "lock"]
+    other = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "1\n"
+    with pytest.raises(UserError, match="another process writes there"):
+        data.hold(tmp_path)
+    threading.Timer(0.3, other.communicate, ["\n"]).start()
+    with data.hold(tmp_path, wait=True):
+        assert other.wait(10) == 0 and "another process works there; waiting" in capsys.readouterr().out
+
+
+def test_outputs_are_tried_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    data.check_output("out", tmp_path / "a/b", folder=True)
+    data.check_output("json", tmp_path / "file", folder=False)
+    for path, folder in ((tmp_path, False), (tmp_path / "file", True), (tmp_path / "file/a", True)):
+        with pytest.raises(UserError, match=r"--out .* can be written there"):
+            data.check_output("out", path, folder=folder)
+
+
+def test_an_error_is_one_line(monkeypatch, capsys):
+    for rank, everywhere, said in ((0, True, "error: no"), (1, True, ""), (1, False, "error (rank 1): no")):
+        with contextlib.suppress(SystemExit):
+            monkeypatch.setenv("RANK", str(rank))
+            error = UserError("no", everywhere)
+            data.run_script(unittest.mock.Mock(side_effect=error))
+        assert capsys.readouterr().err.strip() == said
+
+
+def test_the_library_s_errors_name_what_failed():
+    message = "model 'owner/name' can't be loaded: outer inner words"
+    with pytest.raises(UserError, match=message), data.hub_errors("model", "owner/name"):
+        raise OSError("outer\n inner") from ValueError("words")
+    made = data.made_by()
+    assert made["commit"] == data.git_commit() and made["command"].startswith("python ")
+    assert made["hardware"] == data.hardware()
+
+
+def in_two_ranks(rank, folder):
+    """Rank 0 tokenises, rank 1 finds it; an error is raised by both; numbers of batches are made equal."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+    )
+    encode, calls = data.encode, []
+    data.encode = lambda *args, **options: calls.append(0) or encode(*args, **options)
+    pairs = load_pairs(f"{folder}/data.jsonl", GEMMA_IT)
+    assert data.ranks() == (rank, 2) and len(calls) == (3 if rank == 0 else 0)
+    with pytest.raises(UserError, match="0 usable records"):
+        load_pairs(f"{folder}/bad.jsonl", GEMMA_IT)
+    assert data.lockstep([[0]] * (1 + rank), "cpu") == [[[0], []], [[0], [0]]][rank]
+    Path(f"{folder}/rank_{rank}").write_text(pairs.digest())
+
+
+def test_rank_0_tokenises_for_all(tmp_path):
+    write(tmp_path / "data.jsonl", GOOD, PREFERENCES["HH-RLHF"], {"prompt": "a"})
+    write(tmp_path / "bad.jsonl", {"prompt": "a"})
+    context = torch.multiprocessing.get_context("fork")
+    processes = [context.Process(target=in_two_ranks, args=(rank, tmp_path)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    assert (tmp_path / "rank_0").read_text() == (tmp_path / "rank_1").read_text()

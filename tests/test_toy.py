@@ -36,14 +36,6 @@ def ids_of(tokenizer, text):
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 # ---------------------------------------------------------------------------- the language
 def things_named(text):
     """(kind, place) of each thing in an answer, read back word by word."""
@@ -105,7 +97,6 @@ def test_ids_and_chat_template_are_gemmas_and_a_word_is_one_piece(tokenizer, tex
     assert tokenizer(" fox").input_ids[0] == 2 and len(ids_of(tokenizer, " fox")) == 1
     pieces = {piece for text in texts for piece in tokenizer.convert_ids_to_tokens(ids_of(tokenizer, text))}
     assert not any(re.fullmatch("<0x..>", piece) for piece in pieces)
-
     turns = ["user", "  name two birds \n"], ["assistant", "owl"], ["user", "more"]
     chat = [{"role": role, "content": content} for role, content in turns]
     assert tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) == (
@@ -179,15 +170,12 @@ def test_an_sae_is_found_again_as_one_of_gemma_scopes(tmp_path, m, width):
 
 
 # ---------------------------------------------------------------------------- a whole world
-def lines_of(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def test_the_files_are_those_of_the_report_and_test_prompts_are_new(world):
     report = json.loads((world / "toy.json").read_text())
     for name, digest in report["sha256"].items():
         assert hashlib.sha256((world / name).read_bytes()).hexdigest() == digest, name
-    train, test = (lines_of(world / f"{name}.jsonl") for name in ("train", "test"))
+    texts = ((world / f"{name}.jsonl").read_text() for name in ("train", "test"))
+    train, test = ([json.loads(line) for line in text.splitlines()] for text in texts)
     assert (len(train), len(test), len({pair["prompt"] for pair in test})) == (2400, 400, 160)
     assert not {pair["prompt"] for pair in test} & {pair["prompt"] for pair in train}
     rng, (prompts, _) = random.Random("0 world"), toy.split_prompts(0)
@@ -214,7 +202,6 @@ def test_states_and_figures_of_the_sae_recomputed(world):
         states[-1] = states[-1][len(prompt) - 1 : -1]
     states = torch.cat(states)
     assert torch.allclose(h[: len(states)], states, atol=1e-3)
-
     p, h = dict(np.load(world / path, allow_pickle=False)), h.double().numpy()
     z = h @ p["W_enc"].astype(float) + p["b_enc"]
     c = z * (z > p["threshold"])
@@ -227,13 +214,16 @@ def test_states_and_figures_of_the_sae_recomputed(world):
 
 @pytest.fixture
 def small(monkeypatch):
-    """Worlds of a few rows, whose SAE takes a few steps."""
-    sizes = {"documents": 24, "sft": 40, "train": 40, "test": 10, "test_prompts": 5}
-    monkeypatch.setattr(toy, "SIZES", sizes)
+    """Worlds of a few rows, whose SAE takes a few steps; torch has two threads."""
+    monkeypatch.setattr(toy, "SIZES", toy.SIZES | {"documents": 24, "sft": 40, "train": 40, "test": 10})
     monkeypatch.setattr(toy, "train_sae", partial(toy.train_sae, width=64, steps=9))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
 
 
-def test_a_seed_makes_the_same_bytes_and_force_alone_replaces(tmp_path, small, two_threads):
+def test_a_seed_makes_the_same_bytes_and_force_alone_replaces(tmp_path, small):
     one, two = tmp_path / "one", tmp_path / "two"
     state = torch.get_rng_state()
     first = toy.make_world(one)["sha256"]
@@ -260,7 +250,7 @@ def test_all_saes_adds_those_that_are_missing(tmp_path, small):
 
 
 @pytest.mark.parametrize("stage", ["train_model", "train_sae", "write_json"])
-def test_an_interrupted_run_leaves_nothing(tmp_path, small, monkeypatch, two_threads, stage):
+def test_an_interrupted_run_leaves_nothing(tmp_path, small, monkeypatch, stage):
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 

@@ -1,0 +1,1 @@
+"""Reproductions, control experiments and tools around the core: python -m experiments.NAME."""

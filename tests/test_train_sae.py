@@ -1,0 +1,87 @@
+"""An SAE for one's own model: which states it is trained on, in which unit, and the way to train.py."""
+
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_lm, make_pairs
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from data import Pairs, UserError, epoch_order, load_pairs
+from experiments import train_sae
+from sae import JumpReLUSAE, load_sae
+
+
+def test_every_tenth_pair_is_held_out_and_the_tokens_are_enough():
+    sizes = [(1 + i % 7, 1 + i % 3) for i in range(100)]
+    pairs = Pairs([([2], [5] * chosen, [6] * rejected) for chosen, rejected in sizes])
+    learnt, held_out = train_sae.choose_pairs(pairs, 120)
+    order = epoch_order(100, 0, 0).tolist()
+    n = next(n for n in range(100) if sum(sum(sizes[i]) for i in order[:n]) >= 120)  # by hand: no fewer do
+    assert held_out == order[9:n:10] and sorted(learnt + held_out) == sorted(order[:n])
+    with pytest.raises(UserError, match="pairs are too few"):
+        train_sae.choose_pairs(pairs, 9)
+
+
+@pytest.mark.parametrize("layer, site", [(3, "res"), (1, "mlp")])
+def test_states_are_those_before_the_response_tokens_of_each_response(layer, site):
+    lm, pairs, indices = make_lm(), make_pairs(8), [5, 0, 2, 7, 6]
+    h = train_sae.read_states(lm, pairs, indices, layer, site, "test", max_tokens=60)
+    block, seen = lm.model.layers[layer], []
+    module = block if site == "res" else block.post_feedforward_layernorm
+    module.register_forward_hook(lambda module, args, output: seen.append(output))
+    expected = []
+    for i in indices:
+        prompt, *responses = pairs[i]
+        for response in responses:  # each in a row of its own
+            with torch.no_grad():
+                lm(torch.cat([prompt, response])[None])
+            expected.append(seen[-1][0, len(prompt) - 1 : -1])
+    # The order is the batches': sort both by the same projection.
+    expected, axis = torch.cat(expected), torch.linspace(-1, 2, h.shape[1])
+    in_order = [states[(states @ axis).argsort()] for states in (h, expected)]
+    assert len(h) == len(expected) and torch.allclose(*in_order, atol=1e-3)
+
+
+def test_a_constant_in_the_states_changes_biases_alone():
+    g = torch.Generator().manual_seed(0)
+    h, constant = torch.randn(500, 8, generator=g), 500 * torch.eye(8)[3]  # an outlier dimension
+    one = train_sae.train_centred(h.clone(), width=32, steps=30)
+    other = train_sae.train_centred(h + constant, width=32, steps=30)
+    for name in ("W_enc", "W_dec", "threshold"):
+        assert torch.allclose(one[name], other[name], rtol=1e-3, atol=1e-3), name
+    first, second = JumpReLUSAE(**one), JumpReLUSAE(**other)
+    shifted = second.decode(second.encode(h + constant)) - constant
+    assert torch.allclose(shifted, first.decode(first.encode(h)), atol=0.01)
+
+
+def test_from_a_model_and_pairs_to_the_next_command(world, tmp_path, monkeypatch, capsys):
+    shutil.copytree(world / "model", tmp_path / "mine")
+    shutil.copy(world / "train.jsonl", tmp_path / "pairs.jsonl")
+    monkeypatch.chdir(tmp_path)
+    flags = ["--model", "mine", "--dataset", "pairs.jsonl", "--width", "128", "--out", "my sae"]
+    train_sae.main([*flags, "--layer", "2", "--tokens", "4000", "--steps", "200"])
+    *_, figures, path, command = capsys.readouterr().out.splitlines()
+    assert command == (
+        "next: python train.py --method fpo --model mine --sae 'my sae' --sae_layer 2 --sae_width 128 "
+        "--dataset pairs.jsonl"
+    )
+    l0, fvu, _ = (float(number) for number in re.findall(r"\d+\.\d+", figures))
+    assert path == f"my sae/layer_2/width_128/average_l0_{round(l0)}/params.npz"
+
+    # What it prints, recomputed: it is of the pairs held out.
+    sae = load_sae("my sae", layer=2, width="128")
+    lm = AutoModelForCausalLM.from_pretrained("mine", attn_implementation="eager")
+    pairs = load_pairs("pairs.jsonl", AutoTokenizer.from_pretrained("mine"))
+    _, held_out = train_sae.choose_pairs(pairs, 4000)
+    h = train_sae.read_states(lm, pairs, held_out, 2, "res", "test").double().numpy()
+    z = h @ sae.W_enc.double().numpy() + sae.b_enc.numpy()
+    c = np.where(z > sae.threshold.numpy(), z, 0)
+    error = ((c @ sae.W_dec.double().numpy() + sae.b_dec.numpy() - h) ** 2).sum()
+    assert (c > 0).sum(1).mean() == pytest.approx(l0, abs=0.06)
+    assert error / ((h - h.mean(0)) ** 2).sum() == pytest.approx(fvu, abs=0.002) and fvu < 0.3
+
+    with pytest.raises(UserError, match="--layer 4"):
+        train_sae.main([*flags, "--layer", "4"])
