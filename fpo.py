@@ -11,9 +11,9 @@ Glossary, of B pairs
     D_FPO         mse                      (2B,)      Eq. 10
     D_TDPO        kl                       (2B,)      Eq. 3: sequential KL(ref ‖ policy)
 
-Where each equation is: Eqs. 3, 4, 7 to 9, 11 are losses.py's, one function a method; the KL of Eqs. 3, 4 and the
-log π of Eq. 7 come from scale.token_statistics, in slices. Eq. 5: sae.JumpReLUSAE.encode, pooled in slices by
-scale.pooled_features. Eq. 10: losses.feature_mse. Sec. 3: offline.py, then method_loss below.
+Where each equation is: Eqs. 3, 4, 7 to 9 and 11 are in losses.py, one function a method. Their log π and KL
+come from scale.token_statistics, in slices. Eq. 5: sae.JumpReLUSAE.encode; scale.pooled_features, in slices.
+Eq. 10: losses.feature_mse. Sec. 3: offline.py, then method_loss below.
 
 After the transformer everything works on the N states that predict response tokens: no prompt, no padding,
 and never the logits of all positions.
@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 import losses
 from data import Batch, UserError, collate, micro_batches, ranks, stream
@@ -42,7 +42,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 
 class Statistics(NamedTuple):
-    """What a model says of 2B responses, B chosen and then B rejected. What was not computed is None or empty."""
+    """What a model says of 2B responses, chosen first. Fields that were not computed are None or empty."""
 
     logps: torch.Tensor  # (2B,) log π(y|x), summed over the response's tokens
     lengths: torch.Tensor | None = None  # (2B,) response tokens |y|
@@ -66,8 +66,8 @@ def attention_mask(batch: Batch, config, dtype):
         batch: rows of (R, L).
         config: the text model's; its attention implementation is eager or flex_attention.
     Returns:
-        eager: (R, 1, L, L) of `dtype`, which is added to the scores, so it is never boolean. flex_attention: a
-        BlockMask. For models whose layers differ, a dict by layer type.
+        eager: (R, 1, L, L) of `dtype`, which is added to the scores, so it is never boolean.
+        flex_attention: a BlockMask. For models whose layers differ, a dict by layer type.
     """
     doc, segment, position = batch.doc, batch.segment, batch.positions
     R, L = doc.shape
@@ -118,6 +118,9 @@ class Policy(nn.Module):
             raise UserError(
                 f"attention {lm.config._attn_implementation!r}: eager or flex_attention is needed"
             )
+        kinds = set(getattr(lm.config.get_text_config(), "layer_types", None) or ())
+        if odd := kinds - {"full_attention", "sliding_attention"}:
+            raise UserError(f"{type(lm).__name__}: layers of {odd}; only attention is understood")
         head = lm.get_output_embeddings()
         if not hasattr(lm, "model") or head is None or getattr(head, "bias", None) is not None:
             raise UserError(f"{type(lm).__name__}: a decoder with `model` and a head without bias is needed")
@@ -217,13 +220,13 @@ class Policy(nn.Module):
 def audit(policy: Policy, pairs, *, k=50, **rows) -> dict:
     """Compare this forward, as training runs it, with the model's own; every rank must call it.
 
-    Taken are the longest pair and the shortest. This is why no list of supported architectures is needed: what
-    our masks, layouts, slices or softcap get wrong shows here, before anything is trained.
+    It takes the longest pair and the shortest. What our masks, layouts, slices or softcap get wrong shows
+    here, before anything is trained, so no list of supported architectures is needed.
 
     Args:
         rows: layout and padding, as `data.collate` takes them.
     Returns:
-        difference: nats a token, |Σ log π − that of lm(input_ids).logits| / |y|, the largest of four responses.
+        difference: |log π(y|x) − that of lm(input_ids).logits| / |y|, nats, the largest of four responses.
         floor: D_FPO between the same pairs in one batch and each alone: rounding, below which D says nothing.
         window: the sliding window if a pair is longer than it, else None.
     Raises:

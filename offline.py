@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from data import Pairs, UserError, barrier, hold, lockstep, micro_batches, ranks, stream, write_json, writing
 from fpo import Policy, Statistics
@@ -72,7 +72,8 @@ def build_reference(policy: Policy, pairs: Pairs, cache_dir, identity, *, max_to
     """
     (rank, world), device = ranks(), policy.lm.device
     folder = Path(cache_dir) / hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    # One process at a time builds a cache; another waits here, and then finds its shards. Released on errors too.
+    # One process at a time builds a cache; another waits here, and then finds its shards. Released on errors
+    # too.
     with hold(folder, wait=True) if rank == 0 else contextlib.nullcontext():
         if rank == 0:
             for left in folder.glob("*.tmp"):  # of a process that died while it wrote
@@ -117,7 +118,7 @@ def _shard_batches(pairs, shards, max_tokens, rows):
 
 
 def _to_host(statistics):
-    """log-probabilities, features and norms on their way to pinned memory, and the event that says they came."""
+    """Statistics on their way to pinned memory, and the event of their arrival (None: they are here)."""
     tensors = [statistics.logps, *statistics.features, *statistics.norms]
     if not tensors[0].is_cuda:
         return tensors, None

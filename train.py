@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch._inductor.exc import InductorError
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, HfArgumentParser
 
 import data
@@ -409,6 +409,8 @@ def prove(policy, pairs, config, rows) -> dict:
         found = fpo.audit(policy, pairs, k=config.k, **rows)
     except (torch._dynamo.exc.TorchDynamoException, InductorError) as error:
         refuse(f"torch.compile fails ({str(error).splitlines()[0]}); --no_compile trains without it")
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+        refuse(f"{type(policy.lm).__name__}: our forward does not fit this architecture: {error!r:.200}")
     if config.shard != "fsdp":
         policy(data.collate(pairs, [0], **rows).to(policy.lm.device))[0].logps.sum().backward()
         for parameter in policy.parameters():
@@ -623,9 +625,9 @@ def draw(writer, step, values):
 
 
 def save_model(policy, tokenizer, config, *, weights=True):
-    """OUT/model, a Hugging Face directory, written aside and renamed. Every rank must call it.
+    """OUT/model, a Hugging Face directory, written aside and renamed. Every rank must call it, twice.
 
-    weights=False: all else, before the training, so that nothing but a full disk can fail at its end.
+    First with weights=False: what can fail for another reason than a full disk is written before the training.
     """
     state = scale.full_state_dict(policy) if weights else {}
     if data.ranks()[0]:
@@ -639,13 +641,14 @@ def save_model(policy, tokenizer, config, *, weights=True):
         bos_token_id=tokenizer.bos_token_id, eos_token_id=sorted(ends), pad_token_id=tokenizer.pad_token_id
     )
     with data.writing(aside):
-        lm.config.save_pretrained(aside)
-        lm.generation_config.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
-        if weights:
-            lm.save_pretrained(aside, state_dict={name: tensor.to(dtype) for name, tensor in state.items()})
-            shutil.rmtree(final, ignore_errors=True)
-            aside.rename(final)
+        if not weights:
+            lm.config.save_pretrained(aside)
+            lm.generation_config.save_pretrained(aside)
+            tokenizer.save_pretrained(aside)
+            return
+        lm.save_pretrained(aside, state_dict={name: tensor.to(dtype) for name, tensor in state.items()})
+        shutil.rmtree(final, ignore_errors=True)
+        aside.rename(final)
 
 
 # ---------------------------------------------------------------------------- main

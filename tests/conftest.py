@@ -5,7 +5,7 @@ import tempfile
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()  # tokens made by the tests, and by the scripts they start
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()  # of the tests and their scripts
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The path that trains is the written maths: Policy, masks, losses, audit, scores and cache, in plain form."""
+"""The path that trains is the written maths: Policy, masks, losses, audit, scores, cache, in plain form."""
 
 import copy
 import math
@@ -321,6 +321,19 @@ def test_models_that_do_not_fit(reference, saes):
         fpo.Policy(biased)
 
 
+def test_architectures_that_are_refused():
+    """One line each: another name for the body, layers that are no attention."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    gpt2 = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=V, attn_implementation="eager")
+    with pytest.raises(UserError, match="GPT2LMHeadModel: a decoder with `model`"):
+        fpo.Policy(GPT2LMHeadModel(gpt2))
+    hybrid = make_lm()
+    hybrid.config.layer_types = ["full_attention", "linear_attention"] * 2
+    with pytest.raises(UserError, match="layers of {'linear_attention'}"):
+        fpo.Policy(hybrid)
+
+
 def test_other_decoders(saes):
     """Llama and Qwen2 (one mask for all layers, no softcap): log-probabilities of plain logits."""
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
@@ -373,7 +386,7 @@ def test_audit_refuses(lm, saes, fault, monkeypatch):
 
 
 def test_noise_floor_is_the_distance_of_two_roundings(lm, saes):
-    """An independent count, of a layer whose rounding depends on the batch: each response alone, and in it."""
+    """An independent count, of a layer whose output depends on the batch: responses alone, and in it."""
     pairs = make_pairs(8)
     policy = policy_of(lm, saes)
     policy.lm.model.layers[0].register_forward_hook(lambda m, a, out: out * (1 + 1e-3 * len(out)))

@@ -5,16 +5,17 @@
 | kill -9 of any rank, at any moment | resumes to the same bits | test_killed_at_any_moment |
 | SIGTERM, SIGINT | saves at the step's end, status 0, same bits | test_sigterm_saves_and_leaves |
 | a second run in a run's folder | refused, writes nothing | test_two_runs_in_one_folder |
-| resume with other settings, ranks, tokens, SAE or reference | refused, each named | test_resume_refuses_another_run |
-| a state that is cut short, a pickle, or no state | refused, named; no code runs | test_bad_state_is_refused |
+| resume with other settings, ranks or files | refused, each named | test_resume_refuses_another_run |
+| a state that is cut short, or a pickle | refused, named; no code runs | test_bad_state_is_refused |
 | a new run in the folder of a longer one | its own states are resumed | test_a_run_that_begins_anew |
 | a full disk: cache, metrics, state, model | the file is named; resumes to the same bits | test_full_disk |
 | a shard cut, flipped, missing, a pickle | it alone is made again | test_broken_shards |
 | a byte flips between start and use | stops, named; made again next | test_byte_flips_after_the_start |
 | two processes build one cache | the second waits, both are whole | test_two_processes_one_cache |
 | kill -9 of a rank | the others end, torchrun names it | test_a_dead_rank_is_named |
-| one rank alone sees a NaN; uneven shares | all stop; the losses of one process | test_two_ranks_decide_alike |
-| kill -9 under --max_restarts 1; two agents | the same bits; the same losses | test_restarted_by_torchrun, test_two_agents |
+| one rank sees a NaN; uneven shares | all stop; losses of one process | test_two_ranks_decide_alike |
+| kill -9 under --max_restarts 1 | the same bits | test_restarted_by_torchrun |
+| two torchruns, as on two machines | the same losses | test_two_agents |
 """
 
 import contextlib
@@ -413,12 +414,12 @@ def test_broken_shards(cache, fault, tmp_path):
 
 
 def test_byte_flips_after_the_start(cache):
-    """Damage between the check and the use is found at the first look-up, named, and mended at the next start."""
+    """Damage after the check is found at the first look-up, named, and mended at the next start."""
     found = cache()
     before = content(cache())
     (path,) = found.folder.glob("shard_00001.safetensors")
     flip(path)
-    with pytest.raises(UserError, match="shard_00001.safetensors: not the bytes"):
+    with pytest.raises(UserError, match=r"shard_00001\.safetensors: not the bytes"):
         content(found)
     assert torch.equal(content(cache()), before)
 
@@ -479,8 +480,8 @@ except train.UserError as error:
 
 
 def test_two_ranks_decide_alike(folder):
-    """A NaN that rank 1 alone sees stops both. Where the ranks' shares are uneven, or one has none (batches of 3
-    and 1 pairs), the losses are those of one process.
+    """A NaN that rank 1 alone sees stops both. Where the ranks' shares are uneven, or one rank has no pair
+    (batches of 3 and 1), the losses are those of one process.
     """
     lines = (folder / "runs/toy/train.jsonl").read_text().splitlines()[:4]
     (folder / "four.jsonl").write_text("\n".join(lines))

@@ -54,7 +54,7 @@ def test_two_ranks_do_what_one_does(folder):
     a, b = (load_file(folder / run / "model/model.safetensors") for run in ("two", "one"))
     lr = two[-1]["lr"]
     assert max((a[name] - b[name]).abs().max() for name in a) < lr, "3 steps move a weight by up to 3 lr"
-    # What a user is left with: scores, the next command, a Hugging Face directory that stops at the turn's end.
+    # What is left: scores, the next command, a Hugging Face directory that stops at the turn's end.
     assert "kl_rejected" in out and "eval_diversity.py --model two/model" in out and "audit passed" in out
     assert out.count("audit passed") == 1 and "Traceback" not in out
     lm, tokenizer = (
@@ -72,7 +72,7 @@ def test_two_ranks_do_what_one_does(folder):
 
 
 def test_every_method_starts_where_it_should_and_learns(folder):
-    """Loss ln 2 at step 0 but for SFT and SimPO; the loss of the same 32 pairs falls. DPO and FPO share a cache."""
+    """Loss ln 2 at step 0 but for SFT and SimPO; the loss of 32 pairs falls. DPO and FPO share a cache."""
     lines = (folder / "runs/toy/train.jsonl").read_text().splitlines()[:32]
     (folder / "small.jsonl").write_text("\n".join(lines))
     for method in fpo.METHODS:
@@ -114,7 +114,7 @@ def test_not_finite_stops_and_names_the_pairs(folder):
 
 
 def test_saving_cannot_fail_at_the_end(folder):
-    """A base model whose generation config is invalid, and knows EOS alone: written anew, with the turn's end."""
+    """A base model's generation config is invalid and knows EOS alone: it is written anew."""
     subprocess.run(["cp", "-rL", folder / "runs/toy/model", folder / "base"], check=True)
     path = folder / "base/generation_config.json"
     broken = json.loads(path.read_text()) | {"eos_token_id": 1, "temperature": 0.6, "do_sample": False}
@@ -230,7 +230,9 @@ def test_where_training_starts(tmp_path, monkeypatch):
     assert config.model == config.reference == "runs/gemma-2-2b/sft/model"
     assert train.parse_args(["--method", "sft"]).model == "google/gemma-2-2b"
     assert "ultrachat" in train.parse_args(["--method", "sft"]).dataset
-    own = train.parse_args("--model a/mine --sae s --dataset a.jsonl --eval_dataset b.jsonl".split())
+    own = train.parse_args(
+        ["--model", "a/mine", "--sae", "s", "--dataset", "a.jsonl", "--eval_dataset", "b.jsonl"]
+    )
     assert (own.preset, own.out, own.cache_dir) == ("own", "runs/mine/fpo", "runs/mine/reference")
     with pytest.raises(UserError, match="--dataset: --preset own needs one"):
         train.parse_args(["--model", "a/mine"])
