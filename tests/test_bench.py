@@ -1,152 +1,108 @@
-"""bench.py: the script writes its figures, its comparison head is right, the plan counts real bytes."""
+"""experiments/bench.py and count.py: the script writes its figures; FLOPs, bytes and limits by hand."""
 
-import argparse
 import json
-import sys
 
 import pytest
 import torch
 
-import bench
-import chunked
-import fpo
-import memory
-import precision
-from data import collate
+import data
+import scale
+from experiments import bench, count
 
-
-def small(**changes):
-    """A tiny shape's flags: 2 pairs of 24 + 2 × 8 tokens, 2 layers."""
-    flags = ["--pairs", "2", "--prompt", "24", "--response", "8", "--layers", "2", "--vocab", "300"]
-    args = bench.parse_args(flags)
-    return bench.with_shape(argparse.Namespace(**vars(args) | changes), "tiny")
+FLAGS = "--shape tiny --pairs 2 --prompt 24 --response 8 --layers 1 --vocab_size 300 --rounds 1"
 
 
 def test_the_script_measures_two_methods(tmp_path, monkeypatch):
-    out = tmp_path / "figures.json"
-    flags = (
-        "--shape tiny --pairs 2 --prompt 24 --response 8 --layers 1 --vocab 300 --rounds 2 --peak_tflops 0.5"
-    )
-    # Each method's memory is measured by the script run again, in a process of its own.
-    monkeypatch.setattr(
-        sys, "argv", ["bench.py", *flags.split(), "--json", str(out), "--methods", "simpo", "fpo"]
-    )
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    bench.main()
-    figures = json.loads(out.read_text())["figures"]["tiny"]
-    # Unshared: 2 pairs × 2 rows of 24 + 8. Computed: one row of 24 + 8 + 8 a pair.
-    assert (figures["tokens_real"], figures["tokens_computed"]) == (128, 80)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of the processes that measure memory
+    out = str(tmp_path / "figures.json")
+    bench.main([*FLAGS.split(), "--json", out, "--methods", "simpo", "fpo"])
+    simpo, other = json.loads((tmp_path / "figures.json").read_text())["figures"]["tiny"]
     # Of a layer: q, o 128², k, v 128 × 64, three 128 × 512, four norms; then the embedding and the last norm.
     N = 2 * 128**2 + 2 * 128 * 64 + 3 * 128 * 512 + 4 * 128 + 300 * 128 + 128
-    simpo, other = figures["methods"]
-    for row in (simpo, other):
-        s = row["ms/step"] / 1e3
-        assert row["tokens/s"] == pytest.approx(128 / s) and row["pairs/s"] == pytest.approx(2 / s)
-        assert row["MFU computed"] == pytest.approx(6 * N * 80 / s / 0.5e12)
-        assert 16 * N / 1e9 < row["peak GB"] < 1  # weights, gradients and Adam's states at least
-    assert simpo["time/SimPO"] == simpo["memory/SimPO"] == 1
-    assert other["memory/SimPO"] == pytest.approx(other["peak GB"] / simpo["peak GB"])
+    assert simpo["pairs/s"] == pytest.approx(2e3 / simpo["ms"])
+    # Products of 2 rows of 24 + 8 + 8 tokens, forward and backward; scores of 4 heads of 32; the head's of 32
+    # response tokens, with logits made again.
+    flops = 6 * 80 * (N - 300 * 128 - 5 * 128) + 12 * 2 * 40**2 * 4 * 32 + 8 * 32 * 300 * 128
+    assert simpo["GFLOP/s"] * simpo["ms"] * 1e6 == pytest.approx(flops)
+    assert 16 * N / 1e9 < simpo["peak GB"] < 1  # weights, gradients and Adam's states at least
+    assert simpo["time/simpo"] == simpo["memory/simpo"] == 1
+    assert other["memory/simpo"] == pytest.approx(other["peak GB"] / simpo["peak GB"])
+    bench.main(["--draw", out, str(tmp_path / "bench.svg")])
+    assert "paper (2B, H100)" in (tmp_path / "bench.svg").read_text()
 
 
 def test_plain_head_equals_the_chunked_one():
-    torch.manual_seed(0)
-    states, weight, ref_states, ref_weight = (torch.randn(n, 16) for n in (9, 3000, 9, 3000))
-    targets = torch.randint(3000, (9,))
-    results = []
-    for head in (bench.plain_statistics, chunked.token_statistics):
-        h, W = states.clone().requires_grad_(), weight.clone().requires_grad_()
-        values = head(h, W, targets, softcap=5.0, ref_states=ref_states, ref_weight=ref_weight, entropy=True)
-        (values[0] - 0.3 * values[1]).sum().backward()
-        results.append([*(v.detach() for v in values), h.grad, W.grad])
-    for plain, ours in zip(*results, strict=True):
-        torch.testing.assert_close(plain, ours, rtol=1e-4, atol=1e-5)
+    states, weight, targets = torch.randn(9, 16), torch.randn(3000, 16), torch.randint(3000, (9,))
+    plain = bench.plain_logps(states, weight, targets, softcap=5.0)
+    torch.testing.assert_close(plain, scale.token_statistics(states, weight, targets, softcap=5.0)[0])
 
 
-def test_step_moves_every_weight_only_where_a_rank_holds_its_states():
-    args = small(rank_of=2)
+def test_one_rank_of_two_updates_about_half():
+    args = bench.with_shape(bench.parse_args([*FLAGS.split(), "--rank_of", "2"]), "tiny")
     steps = bench.Steps(args, ["fpo"])
     before = [p.detach().clone() for p in steps.parameters]
-    with steps.turn("fpo") as step:
-        step()
-    share = {id(p) for p in steps.optimizer.param_groups[0]["params"]}
-    moved = {id(p) for p, old in zip(steps.parameters, before, strict=True) if not torch.equal(p, old)}
-    assert moved == share and 0 < len(share) < len(before)
-    total, mine = (
-        sum(p.numel() for p in steps.parameters),
-        sum(p.numel() for p in steps.parameters if id(p) in share),
-    )
-    assert total / 2 <= mine <= 0.6 * total
+    steps.step("fpo")
+    moved = [not torch.equal(p, old) for p, old in zip(steps.parameters, before, strict=True)]
+    sizes = torch.tensor([p.numel() for p in steps.parameters])
+    assert 0.5 <= sizes[torch.tensor(moved)].sum() / sizes.sum() <= 0.75
 
 
-PLAN = {"method": "fpo", "rule": "adam", "ranks": 1, "shard": "none", "micro_batch_tokens": 1024}
-PLAN |= {"response_share": 0.75, "checkpointing": True}
+def test_bytes_by_hand():
+    """x (4 × 8, float32: 128 bytes): two products, and between them four operations, one of which sums."""
+    x, W = torch.randn(4, 8), torch.randn(8, 8)
+    with count.Counter() as counter:
+        y = x @ W
+        z = (y * 2).relu() + x.sum(1, keepdim=True)
+        z @ W
+    # Each of ×, relu: 128 read, 128 written; the sum: 128, 16; the addition: 128 + 16, 128.
+    assert counter.eager == 2 * 256 + 144 + 272
+    assert counter.compiled == 128 + 128 + 128  # y and x are read, z is written
+
+
+@pytest.mark.parametrize("rule", ["adam", "rmsprop"])
+def test_bytes_that_scale_py_names(rule):
+    """Its table for the CPU: norm 18, scaling 4, Adam 170, RMSprop 150 bytes a parameter."""
+    parameter = torch.nn.Parameter(torch.zeros(2**16, dtype=torch.bfloat16))
+    optimizer = scale.make_optimizer(rule, [parameter], 1e-3, shard=False)
+    parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    steps = {
+        18: lambda: scale.gradient_norm([parameter]),
+        4: lambda: scale.scale_gradients_([parameter], 0.5),
+    }
+    for size, step in (steps | {170 if rule == "adam" else 150: optimizer.step}).items():
+        with count.Counter() as counter:
+            step()
+        assert counter.eager / 2**16 == pytest.approx(size, abs=0.01)
 
 
 @pytest.mark.parametrize(
-    "shape, parameters, layer_KiB", [("gemma-2-2b", 2_614_341_888, 165), ("gemma-2-9b", 9_241_705_984, 262)]
+    "shape, eager, compiled, fused", [("gemma-2-9b", 0.35, 0.46, 0.56), ("gemma-2-2b", 0.28, 0.37, 0.44)]
 )
-def test_plan_of_gemma_2(shape, parameters, layer_KiB):
-    args = bench.with_shape(bench.parse_args([]), shape)
-    args.config._attn_implementation = "flex_attention"
-    items = memory.plan(args.config, dtype="bfloat16", **PLAN)
-    # bf16 weight and gradient; Adam's two averages and the other half of the float32 master.
-    assert [items[name] * 1e9 for name in ("weights", "gradients", "optimizer")] == [
-        pytest.approx(bytes * parameters) for bytes in (2, 2, 10)
-    ]
-    four = {"ranks": 4, "shard": "states", "rule": "rmsprop"}
-    assert memory.plan(args.config, dtype="bfloat16", **PLAN | four)["optimizer"] * 1e9 == 1.5 * parameters
-    assert (
-        memory.layer_bytes(args.config, 2, 1024)[0] == layer_KiB * 1024
-    )  # measured on the real layer, in bf16
-    held = memory.plan(args.config, dtype="bfloat16", **PLAN | {"method": "tdpo2"})
-    assert held["reference"] * 1e9 > 2 * parameters and items["reference"] == 0
-    assert items["total"] == pytest.approx(sum(v for name, v in items.items() if name != "total"))
+def test_limits_of_an_h100(shape, eager, compiled, fused):
+    """MFU of FPO at 8 × 1024 tokens, 4 ranks, checkpointing; FLOPs against 2 a weight and token."""
+    args = bench.with_shape(bench.parse_args(["--count", "--checkpointing", "--rank_of", "4"]), shape)
+    batch = data.collate(bench.make_pairs(args, 8), range(8), **args.rows)
+    tables = count.tables(args, batch, "fpo")
+    T, N, config = 8 * 1024, 8 * 768, args.config
+    E = config.vocab_size * config.hidden_size
+    layers = (count.parameters_of(config)[0] - E) * 2 * T
+    # Prompt and responses are 2, 3 and 3 blocks of 128: 3, 6 and 6 of themselves, 6 and 6 of the prompt.
+    attention = 8 * (3 + 2 * (6 + 6)) * 128**2 * 4 * config.num_attention_heads * config.head_dim
+    wanted = {"body": 3 * layers, "recompute": layers, "head": 4 * 2 * N * E, "reference": 0, "clip": 0}
+    wanted |= {"attention": 4.5 * config.num_hidden_layers * attention}
+    wanted |= {"SAE": 4 * N * 16384 * (config.hidden_size + 16)}  # encoded, then pooled over 16 responses
+    found = {row["part"]: row["TFLOP"] * 1e12 for row in tables["by part"]}
+    for part, flops in wanted.items():
+        assert found[part] == pytest.approx(flops, rel=0.005), part
+    mfu = [row["MFU"] for row in tables["at a card's limits"] if row["card"] == "H100"]
+    assert mfu == pytest.approx([eager, compiled, fused], abs=0.01)
 
 
-@pytest.mark.parametrize("dtype, rule", [("float32", "adam"), ("bfloat16", "adam"), ("bfloat16", "rmsprop")])
-def test_plan_counts_the_bytes_of_a_small_model(dtype, rule):
-    args = small(dtype=dtype)
-    lm = bench.make_lm(args)
-    optimizer = precision.ExactOptimizer(list(lm.parameters()), 1e-3, rule=rule)
-    kept, config = {}, args.config
-    for depth in (2, 1):  # the difference is one layer's
-        config.num_hidden_layers = depth
-        config.layer_types = config.layer_types[:depth]
-        model = bench.make_lm(args) if depth == 1 else lm
-        kept[depth], tokens, L = saved_bytes(model.train(), args)
-    config.num_hidden_layers, config.layer_types = 2, ["sliding_attention", "full_attention"]
-    for p in lm.parameters():
-        p.grad = torch.zeros_like(p)
-    optimizer.step()
-    size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)  # noqa: E731
-    states = [t for state in optimizer.state.values() for t in state.values() if t.ndim]
-    items = memory.plan(config, dtype=dtype, **PLAN | {"rule": rule})
-    assert items["weights"] * 1e9 == pytest.approx(size(lm.parameters()))
-    assert items["gradients"] * 1e9 == pytest.approx(size(p.grad for p in lm.parameters()))
-    assert items["optimizer"] * 1e9 == pytest.approx(size(states))
-    formula, _ = memory.layer_bytes(config, 4 if dtype == "float32" else 2, L)
-    assert (kept[2] - kept[1]) / tokens == pytest.approx(formula, rel=0.01)
-
-
-def saved_bytes(lm, args):
-    """Bytes that the transformer keeps for its backward, weights left out; tokens; length of a row."""
-    batch = collate(bench.make_pairs(args, 2), range(2), layout="shared")
-    weights, kept = {p.untyped_storage().data_ptr() for p in lm.parameters()}, {}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage  # held: an address is not given twice
-        return tensor
-
-    mask = fpo.attention_mask(batch, lm.config, lm.dtype)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        lm.model(batch.tokens, attention_mask=mask, position_ids=batch.positions, use_cache=False)
-    return sum(storage.nbytes() for storage in kept.values()), batch.tokens.numel(), batch.tokens.shape[1]
-
-
-def test_plan_says_whether_it_fits(capsys):
-    memory.print_plan({"weights": 79.0, "total": 81.0})
-    assert "does not fit 80 GB" in capsys.readouterr().out
-    memory.print_plan({"weights": 79.0, "total": 81.0}, gpu_gb=96)
-    assert "fits 96 GB" in capsys.readouterr().out
+def test_wrong_flags_end_in_one_line():
+    for words, message in (
+        (["--rounds", "0"], "--rounds 0"),
+        (["--shape", "huge"], "invalid choice: 'huge'"),
+    ):
+        with pytest.raises(data.UserError, match=message):
+            bench.main(words)

@@ -1,4 +1,4 @@
-"""Scores against plain loops over transformers' logits; sampling that no batch changes; files of answers."""
+"""eval_diversity.py: scores against plain loops and closed forms, samples against their distribution."""
 
 import copy
 import itertools
@@ -8,24 +8,23 @@ import os
 import socket
 import subprocess
 import sys
-from random import Random
 
 import numpy as np
 import pytest
 import torch
-from conftest import M, V, make_lm, make_pairs, make_sae, nudge
+from conftest import V, make_lm, make_pairs, make_sae, nudge
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-import benchmarks
 import eval_diversity
 import fpo
 import losses
-import presets
-from data import Pairs, load_pairs
+import train
+from data import Pairs, UserError
+from eval_diversity import Settings, evaluate, sample_responses
 from sae import ARRAYS
 
-WORDS = [f"w{i}" for i in range(8, V)]
+WORDS = [*(f"w{i}" for i in range(8, V - 4)), "the", "answer", "is", "here"]
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ '<u>' if m['role'] == 'user' else '<a>' }} {{ m['content'] }}"
     "{{ '<end>' }}{% endfor %}{% if add_generation_prompt %}{{ '<a>' }}{% endif %}"
@@ -43,6 +42,13 @@ def make_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=TEMPLATE, **special)
 
 
+def make_settings(config=None, units=(), **changes):
+    """Settings as parse_args leaves them, without a bootstrap."""
+    settings = Settings(**{"bootstrap": 0, **changes})
+    settings.config, settings.units = config or train.Config(k=12), list(units)
+    return settings
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
     return make_tokenizer()
@@ -55,9 +61,12 @@ def lm():
     return model
 
 
-@pytest.fixture(scope="module")
-def sae():
-    return make_sae()
+# ---------------------------------------------------------------------------- pairs
+SIDES = ("chosen", "rejected")
+
+
+def average(values):
+    return pytest.approx(sum(values) / len(values), rel=1e-4)
 
 
 def by_hand(lm, reference, sae, pairs):
@@ -73,8 +82,10 @@ def by_hand(lm, reference, sae, pairs):
             row[f"logps_{name}"] = losses.sequence_logps(logits, labels)[0].item()
             row[f"ratio_{name}"] = row[f"logps_{name}"] - losses.sequence_logps(ref_logits, labels)[0].item()
             row[f"kl_{name}"] = losses.sequential_kl(logits, ref_logits, labels).item()
-            p = logits[0, len(prompt) - 1 : -1].softmax(-1)
-            row[f"entropy_{name}"] = -(p * p.log()).sum().item()
+            p = logits[0, :-1].softmax(-1)  # the last position predicts nothing
+            entropy = -(p * p.log()).sum(-1)
+            row[f"entropy_{name}"] = entropy[len(prompt) - 1 :].sum().item()
+            row[f"whole_{name}"] = entropy.sum().item(), len(entropy)
             row[f"lengths_{name}"] = len(y)
             pooled = []
             for model in (lm, reference):
@@ -88,57 +99,85 @@ def by_hand(lm, reference, sae, pairs):
 
 
 @torch.no_grad()
-def test_scores_against_plain_loops(lm, sae, tokenizer):
-    pairs, reference = make_pairs(9, seed=4), make_lm()
+def test_scores_against_plain_loops(lm, tokenizer):
+    pairs, reference, sae = make_pairs(9, seed=4), make_lm(), make_sae()
     policy = fpo.Policy(copy.deepcopy(lm), [sae], [(1, "res")])
     policy.hold_reference(copy.deepcopy(reference))
     rows = by_hand(lm, reference, sae, pairs)
-    for layout, max_pairs in (("separate", 2), ("shared", 4)):
-        table = eval_diversity.evaluate_pairs(policy, pairs, k=12, top=5, layout=layout, max_pairs=max_pairs)
-        assert len(table) == 2 * 8
-        for name, column in table.items():
-            expected = torch.tensor([row[name] for row in rows], dtype=torch.float64)
-            assert torch.allclose(column, expected, rtol=1e-5, atol=3e-5), name
-    scores = eval_diversity.evaluate(policy, tokenizer, pairs, k=12, top=5, beta=0.3, layout="shared")
-    share = lambda test: sum(map(test, rows)) / 9  # noqa: E731
-    mean = lambda r, name, s: r[f"{name}_{s}"] / r[f"lengths_{s}"]  # noqa: E731
-    average = lambda f: pytest.approx(sum(map(f, rows)) / 9, rel=1e-4)  # noqa: E731
-    assert scores["accuracy"] == share(lambda r: mean(r, "logps", "chosen") > mean(r, "logps", "rejected"))
-    assert scores["accuracy_sum"] == share(lambda r: r["logps_chosen"] > r["logps_rejected"])
-    assert scores["reward_accuracy"] == share(lambda r: r["ratio_chosen"] > r["ratio_rejected"])
-    assert scores["reward_accuracy_mean"] == share(
-        lambda r: mean(r, "ratio", "chosen") > mean(r, "ratio", "rejected")
-    )
-    assert scores["kl_rejected"] == average(lambda r: r["kl_rejected"])
-    assert scores["mse_chosen"] == average(lambda r: r["mse_chosen"])
+    settings = make_settings(features_top=5, beta=0.3, method="fpo")
+    scores = evaluate(policy, tokenizer, pairs, settings, layout="shared", max_tokens=100)
+
+    def share(name, per_token):
+        sides = [[r[f"{name}_{s}"] / (r[f"lengths_{s}"] if per_token else 1) for r in rows] for s in SIDES]
+        return sum(w > l for w, l in zip(*sides, strict=True)) / 9
+
+    assert scores["accuracy"] == share("logps", True)
+    assert scores["accuracy_sum"] == share("logps", False)
+    assert scores["reward_accuracy_mean"] == share("ratio", True)
+    assert scores["reward_accuracy_sum"] == share("ratio", False)
+    assert scores["nll_chosen"] == average([-r["logps_chosen"] / r["lengths_chosen"] for r in rows])
     for name in ("kl", "mse"):  # the absolute value is of each pair: signs differ here
+        assert scores[f"{name}_chosen"] == average([r[f"{name}_chosen"] for r in rows])
+        assert scores[f"{name}_rejected"] == average([r[f"{name}_rejected"] for r in rows])
         differences = [r[f"{name}_rejected"] - r[f"{name}_chosen"] for r in rows]
         assert min(differences) < 0 < max(differences)
-        assert scores[f"{name}_margin"] == pytest.approx(0.3 * sum(map(abs, differences)) / 9, rel=1e-4)
-    total = lambda name: sum(r[f"{name}_chosen"] + r[f"{name}_rejected"] for r in rows)  # noqa: E731
-    assert scores["teacher_forced_entropy"] == pytest.approx(total("entropy") / total("lengths"), rel=1e-5)
+        assert scores[f"{name}_margin"] == average([0.3 * abs(difference) for difference in differences])
+    entropy, tokens = (sum(r[f"{n}_{s}"] for r in rows for s in SIDES) for n in ("entropy", "lengths"))
+    assert scores["teacher_forced_entropy"] == pytest.approx(entropy / tokens, rel=1e-5)
+    entropy, tokens = (sum(parts) for parts in zip(*(r["whole_rejected"] for r in rows), strict=True))
+    assert scores["teacher_forced_entropy_all"] == pytest.approx(entropy / tokens, rel=1e-5)
     for whose in ("policy", "reference"):  # by rank: each response sorted by itself, then the mean
-        sides = [r[f"activations_{whose}_{s}"] for r in rows for s in ("chosen", "rejected")]
+        sides = [r[f"activations_{whose}_{s}"] for r in rows for s in SIDES]
         by_rank = [sum(column) / 18 for column in zip(*sides, strict=True)]
         assert scores[f"activations_{whose}"] == pytest.approx(by_rank, rel=1e-4)
+    # The reward is the method's own, D_FPO is in the run's units; without a method there is no such reward.
+    assert scores["reward_accuracy"] == share("ratio", True)
+    settings = make_settings(method="simpo", units=[4.0])
+    again = evaluate(policy, tokenizer, pairs, settings, layout="separate")
+    assert again["reward_accuracy"] == share("logps", True) != share("ratio", True)
+    assert again["mse_rejected"] == pytest.approx(scores["mse_rejected"] / 4, rel=1e-4)
+    assert "reward_accuracy" not in evaluate(policy, tokenizer, pairs, make_settings(), layout="shared")
 
 
-@torch.no_grad()
-def test_entropy_and_kl_of_a_uniform_model():
-    """Logits 0: log π(y) = -|y| log V, entropy log V a token, KL(ref ‖ uniform) = |y| log V - Σ H(ref)."""
-    pairs, uniform, known = make_pairs(5, seed=2), make_lm(), make_lm()
-    uniform.model.norm.weight.fill_(-1.0)  # Gemma's final norm multiplies by 1 + weight
-    policy = fpo.Policy(uniform)
-    policy.hold_reference(known)
-    ours = eval_diversity.evaluate_pairs(policy, pairs, layout="shared")
-    alone = eval_diversity.evaluate_pairs(fpo.Policy(make_lm()), pairs, layout="separate")
-    for side in ("chosen", "rejected"):
-        whole = ours[f"lengths_{side}"] * math.log(V)
-        assert torch.allclose(ours[f"logps_{side}"], -whole) and torch.allclose(
-            ours[f"entropy_{side}"], whole
-        )
-        assert torch.allclose(ours[f"kl_{side}"], whole - alone[f"entropy_{side}"], rtol=1e-5)
-        assert (ours[f"kl_{side}"] > 1).all(), "the known model is far from uniform"
+A, B = range(10, 14), range(20, 22)
+
+
+@pytest.fixture(scope="module")
+def alternating():
+    """A model that follows the 2 tokens of B by one of the 4 of A, and every other token by one of B.
+
+    Its layers add nothing, so that the last token decides: its embedding is one of two unit vectors, and the
+    head gives the allowed tokens logit 0, the others the softcap's least, -30.
+    """
+    lm = make_lm(tie_word_embeddings=False)
+    with torch.no_grad():
+        for layer in lm.model.layers:
+            for norm in (layer.post_attention_layernorm, layer.post_feedforward_layernorm):
+                norm.weight.fill_(-1.0)
+        lm.model.embed_tokens.weight.zero_()[:, 0] = 1.0
+        lm.model.embed_tokens.weight[list(B)] = torch.eye(lm.config.hidden_size)[1]
+        lm.lm_head.weight.zero_()[:, :2] = -100.0
+        lm.lm_head.weight[list(B), 0] = 0.0
+        lm.lm_head.weight[list(A), 1] = 0.0
+    lm.generation_config = GenerationConfig(eos_token_id=1)
+    return lm
+
+
+def test_three_entropies_in_closed_form(alternating, tokenizer):
+    """The next token's entropy is log 2 after a prompt's or A's token, log 4 after B's; in bits 1 and 2."""
+    pairs = Pairs([([2, 8, 12], [20, 21], [11, 20, 12, 13])])
+    settings = make_settings(max_new_tokens=6, prompts=1)
+    scores = evaluate(fpo.Policy(alternating), tokenizer, pairs, settings, samples=8, layout="shared")
+    bit = math.log(2)
+    # Positions: the prompt's last token and all of the response but its last: 1 + 2 and 1 + 1 + 2 + 1 bits.
+    assert scores["teacher_forced_entropy"] == pytest.approx(8 / 6 * bit)
+    # All of prompt and rejected response but the last token: 1 + 1 + 1, then 1 + 2 + 1.
+    assert scores["teacher_forced_entropy_all"] == pytest.approx(7 / 6 * bit)
+    # Six sampled tokens are B A B A B A, whichever: 1, 2, 1, 2, 1, 2 bits, and so is -log π.
+    assert scores["entropy"] == pytest.approx(1.5 * bit)
+    assert scores["predictive_entropy"] == pytest.approx(9 * bit)
+    assert scores["predictive_entropy_per_token"] == pytest.approx(1.5 * bit)
+    assert scores["response_tokens"] == 6
 
 
 def test_intervals_of_a_share_are_binomial():
@@ -159,33 +198,37 @@ def test_intervals_of_a_share_are_binomial():
 
 
 # ---------------------------------------------------------------------------- sampling
-def draw(lm, tokenizer, prompts, **options):
-    return eval_diversity.sample_responses(lm, tokenizer, prompts, **options)
-
-
-def test_sampling_depends_on_seed_alone(lm, tokenizer):
-    """Other batch sizes and company: the same responses; another seed: others. 40 tokens come in parts."""
-    prompts = [pair.tolist() for pair in (make_pairs(7, seed=2)[i][0] for i in range(7))]
-    options = {"samples": 3, "max_new_tokens": 40}
-    first, totals = draw(lm, tokenizer, prompts, batch_size=21, **options)
-    other, other_totals = draw(lm, tokenizer, prompts, batch_size=4, **options)
-    assert first == other and torch.allclose(totals, other_totals, rtol=1e-5)
-    assert first != draw(lm, tokenizer, prompts, seed=1, **options)[0]
-    assert first[:2] == draw(lm, tokenizer, prompts[:2], **options)[0]
-    flat = [r for many in first for r in many]
-    assert len({tuple(r) for r in flat}) > 15, "samples of a prompt differ"
-    ended = [r for r in flat if r[-1] in (1, 7)]
-    assert {r[-1] for r in ended} == {1, 7} and any(len(r) > 16 for r in ended)
-    assert all(1 not in r[:-1] and 7 not in r[:-1] for r in flat)
-    assert all(len(r) == 40 for r in flat if r not in ended)
+def test_samples_end_where_a_stop_token_came(lm, tokenizer):
+    """Both stop tokens end a response, which has them; no other response is shorter than asked for."""
+    prompts = [make_pairs(7, seed=2)[i][0].tolist() for i in range(7)]
+    options = {"samples": 3, "max_new_tokens": 40, "sample_batch": 8}
+    state = torch.random.get_rng_state()
+    first = sample_responses(lm, tokenizer, prompts, **options)
+    assert torch.equal(state, torch.random.get_rng_state()), "the caller's random numbers go on unchanged"
+    assert first == sample_responses(lm, tokenizer, prompts, **options)
+    assert first != sample_responses(lm, tokenizer, prompts, seed=1, **options)
+    flat = [response for many in first for response in many]
+    assert [len(many) for many in first] == [3] * 7
+    assert len({tuple(response) for response in flat}) > 15, "samples of a prompt differ"
+    ended = [response for response in flat if response[-1] in (1, 7)]
+    assert {response[-1] for response in ended} == {1, 7}
+    assert all(1 not in response[:-1] and 7 not in response[:-1] for response in flat)
+    assert all(len(response) == 40 for response in flat if response not in ended)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_sampling_draws_from_the_nucleus(lm, tokenizer, temperature):
-    """Frequencies of the first token against the model's, cut to the smallest set that reaches p."""
+    """Frequencies of the first token against the model's, cut to the smallest set that reaches p.
+
+    Neither the model's own generation config nor that batches draw one after the other changes them.
+    """
     prompt, n = [2, 5, 9, 30], 3000
+    theirs = GenerationConfig(eos_token_id=1, do_sample=True, top_k=2, min_p=0.9, repetition_penalty=9.0)
+    lm.generation_config, ours = theirs, lm.generation_config
     options = {"samples": n, "max_new_tokens": 1, "top_p": 0.6, "temperature": temperature}
-    out, _ = draw(lm, tokenizer, [prompt], batch_size=500, **options)
+    (out,) = sample_responses(lm, tokenizer, [prompt], sample_batch=500, **options)
+    assert lm.generation_config is theirs and out[:500] != out[500:1000]
+    lm.generation_config = ours
     p = (lm(torch.tensor([prompt])).logits[0, -1] / temperature).softmax(-1)
     kept, total = [], 0.0
     for token in p.argsort(descending=True).tolist():
@@ -193,68 +236,35 @@ def test_sampling_draws_from_the_nucleus(lm, tokenizer, temperature):
             break
         kept.append(token)
         total += p[token].item()
-    counts = torch.bincount(torch.tensor([r[0] for r in out[0]]), minlength=len(p)).tolist()
-    assert sum(counts[token] for token in kept) == n and 2 < len(kept) < len(p)
+    counts = torch.bincount(torch.tensor([response[0] for response in out]), minlength=V).tolist()
+    assert sum(counts[token] for token in kept) == n and 2 < len(kept) < V
     for token in kept:
         expected = p[token].item() / total
         assert abs(counts[token] / n - expected) < 5 * math.sqrt(expected / n), token
 
 
-def test_nucleus_at_the_boundary():
-    """p = 0.75 of 1/2, 1/4, 1/8, …: two tokens just reach it; 0.76 needs a third. Equals: all or none."""
-    p, n = torch.tensor([[0.125, 0.5, 0.0625, 0.25, 0.0625]]), 2000
-    flat = torch.full((1, 8), 1 / 8)
-    inside = ((p, 0.75, {1, 3}), (p, 0.76, {0, 1, 3}), (p, 0.3, {1}), (p, 0.9, set(range(5))))
-    for chances, top_p, kept in (*inside, (p, 1.0, set(range(5))), (flat, 0.75, set(range(8)))):
-        noise = [torch.Generator().manual_seed(i) for i in range(n)]
-        sampler = eval_diversity._Sampler(torch.ones(n), top_p, noise)
-        drawn = sampler(None, chances.log().expand(n, -1)).argmax(-1)
-        assert set(drawn.tolist()) == kept, top_p
-        mass = sum(chances[0, token].item() for token in kept)
-        for token in kept:  # as likely among themselves as before the cut
-            share = chances[0, token].item() / mass
-            assert abs((drawn == token).float().mean() - share) < 5 * math.sqrt(share / n), (top_p, token)
-        entropy = -(chances * chances.log()).sum().item()  # of all of it, not of the cut
-        assert sampler.entropy[0][0].item() == pytest.approx(entropy, rel=1e-5)
-        assert torch.allclose(sampler.logps[0], chances[0, drawn].log())
-    assert -(p * p.log()).sum().item() == pytest.approx(1.875 * math.log(2))
-
-
-def test_temperature_zero_is_greedy_row_by_row(lm, tokenizer):
-    """A temperature for each prompt: at 0 the most likely tokens, whatever the others' is."""
-    prompts = [[2, 5, 9, 30], [2, 40, 41]]
-    out, _ = draw(lm, tokenizer, prompts, samples=2, temperature=[0.0, 1.5], max_new_tokens=10)
-    ids = list(prompts[0])
-    while len(ids) < 14 and ids[-1] not in (1, 7):
-        ids.append(lm(torch.tensor([ids])).logits[0, -1].argmax().item())
-    assert out[0] == [ids[4:], ids[4:]] and out[1][0] != out[1][1]
+def test_temperature_zero_is_greedy(lm, tokenizer):
+    """Also for the shorter prompt of a batch, which is padded on the left."""
+    prompts = [[2, 5, 9, 30, 44, 45, 46], [2, 40, 41]]
+    out = sample_responses(lm, tokenizer, prompts, samples=2, temperature=0, max_new_tokens=10)
+    for prompt, responses in zip(prompts, out, strict=True):
+        ids = list(prompt)
+        while len(ids) < len(prompt) + 10 and ids[-1] not in (1, 7):
+            ids.append(lm(torch.tensor([ids])).logits[0, -1].argmax().item())
+        assert responses == [ids[len(prompt) :]] * 2
 
 
 @torch.no_grad()
 def test_entropies_are_of_the_whole_distribution(lm, tokenizer):
-    """Entropy and predictive entropy of sampled responses, against log_softmax of plain logits."""
-    pairs, policy = make_pairs(5, seed=6), fpo.Policy(copy.deepcopy(lm))
-    options = {"samples": 3, "max_new_tokens": 20, "seed": 3}
-    scores = eval_diversity.evaluate(
-        policy, tokenizer, pairs, prompts=4, bootstrap=200, layout="shared", **options
-    )
-    prompts = eval_diversity.unique_prompts(pairs, 4)
-    drawn, totals = draw(policy.lm, tokenizer, prompts, **options)
-    entropy = tokens = surprise = surprise_per_token = 0
+    """Entropy and log π of responses from the nucleus, against log_softmax of plain logits."""
+    prompts = [make_pairs(4, seed=6)[i][0].tolist() for i in range(4)]
+    drawn = sample_responses(lm, tokenizer, prompts, samples=3, max_new_tokens=20, top_p=0.5)
+    totals = eval_diversity.response_statistics(lm, prompts, drawn, layout="separate", max_tokens=90)
     for i, s in itertools.product(range(4), range(3)):
         prompt, y = prompts[i], drawn[i][s]
         log_p = lm(torch.tensor([[*prompt, *y]])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
         h, logp = -(log_p.exp() * log_p).sum().item(), log_p[range(len(y)), y].sum().item()
         assert totals[i, s].tolist() == pytest.approx([h, logp, len(y)], rel=1e-4)
-        entropy, tokens, surprise = entropy + h, tokens + len(y), surprise - logp
-        surprise_per_token -= logp / len(y)
-    assert scores["entropy"] == pytest.approx(entropy / tokens, rel=1e-5)
-    assert scores["predictive_entropy"] == pytest.approx(surprise / 12, rel=1e-5)
-    assert scores["predictive_entropy_per_token"] == pytest.approx(surprise_per_token / 12, rel=1e-5)
-    assert scores["response_tokens"] == tokens / 12
-    for name in ("entropy", "predictive_entropy", "nll_chosen", "distinct_2"):
-        low, high = scores["intervals"][name]
-        assert low <= scores[name] <= high
 
 
 def test_distinct_and_self_bleu_by_hand():
@@ -262,7 +272,6 @@ def test_distinct_and_self_bleu_by_hand():
     assert eval_diversity.distinct(texts, 1) == 3 / 6
     assert eval_diversity.distinct(texts, 2) == 2 / 3
     assert eval_diversity.distinct(["a"], 2) == 0
-    assert eval_diversity.distinct(["a a a"] * 4, 1) == 1 / 12
     totals = torch.tensor([[[2.0, -3.0, 2], [4.0, -8.0, 4]], [[1.0, -1.0, 1], [5.0, -2.0, 4]]]).double()
     columns = eval_diversity.sample_columns([["a b", "a b"], ["c", "d"]], totals)
     scores = eval_diversity.summary([columns])
@@ -270,7 +279,6 @@ def test_distinct_and_self_bleu_by_hand():
     assert scores["predictive_entropy"] == 14 / 4
     assert scores["predictive_entropy_per_token"] == pytest.approx((1.5 + 2 + 1 + 0.5) / 4)
     assert scores["distinct_1"] == (0.5 + 1) / 2
-    pytest.importorskip("sacrebleu")
     assert eval_diversity.self_bleu(["a b c d e"] * 3) == pytest.approx(100)
     assert eval_diversity.self_bleu(["a b c d", "e f g h"]) < 10
     # Four words, of three and two in common: 2-grams 2 of 3, 3-grams 1 of 2, 4-grams smoothed 1/2 of 1.
@@ -278,220 +286,45 @@ def test_distinct_and_self_bleu_by_hand():
     assert eval_diversity.self_bleu(["a b c x", "a b c y"]) == pytest.approx(expected, rel=1e-4)
 
 
-def test_self_bleu_is_sacrebleu_of_each_against_the_others():
-    sacrebleu, random = pytest.importorskip("sacrebleu"), Random(0)
-    bleu, words = sacrebleu.BLEU(effective_order=True), ["a", "b,", "c d", "e.", "f-g", "1,2", "", '"q"']
-    for _ in range(30):
-        many = range(random.randint(2, 9))
-        texts = [" ".join(random.choices(words, k=random.randint(0, 9))) + "\n" for _ in many]
-        each = [bleu.sentence_score(text, texts[:i] + texts[i + 1 :]).score for i, text in enumerate(texts)]
-        assert eval_diversity.self_bleu(texts) == pytest.approx(sum(each) / len(each), abs=1e-9), texts
-
-
-# ---------------------------------------------------------------------------- features
-def test_feature_statistics_against_plain_loops(lm, sae):
-    """Mean of pooled features over responses, and the largest at a token; of SFT records, and of pairs."""
-    policy, whole = fpo.Policy(copy.deepcopy(lm), [sae], [(1, "res")]), make_pairs(7, seed=5)
-    rows = [whole[i] for i in range(7)]
-    for sft, pairs in ((True, Pairs([(x.tolist(), y.tolist(), []) for x, y, _ in rows])), (False, whole)):
-        pooled, largest = [], torch.zeros(M)
-        for x, *ys in rows:
-            for y in ys[: 1 if sft else 2]:
-                with torch.no_grad():
-                    hidden = lm(torch.cat([x, y])[None].long(), output_hidden_states=True).hidden_states[2]
-                c = sae.encode(hidden[0, len(x) - 1 : -1])
-                pooled.append(c.mean(0))
-                largest = torch.maximum(largest, c.amax(0))
-        mean, top = eval_diversity.feature_statistics(policy, pairs, layout="separate", max_pairs=3)
-        assert torch.allclose(mean, torch.stack(pooled).mean(0).double(), atol=1e-5)
-        assert torch.allclose(top, largest, atol=1e-4)
-
-
-def test_chosen_features_where_the_answer_is_known():
-    mean_a, mean_b = torch.tensor([0.0, 5, 4, 0, 1, 3]), torch.tensor([0.0, 4.5, 1, 2, 0, 3])
-    largest_a = torch.tensor([0.0, 9, 5, 1, 8, 7])
-    choose = lambda **o: eval_diversity.choose_features(mean_a, largest_a, mean_b, **o)  # noqa: E731
-    assert choose(n=2) == [2, 4] and choose(n=6) == [2, 4, 1], "differences 3, 1, 0.5; none at or below 0"
-    assert choose(n=3, criterion="token") == [1, 4], "9, 8, 7 at a token; 5's mean is no higher in A"
-    random = choose(n=9, criterion="random", seed=3)
-    assert sorted(random) == [1, 2, 3, 4, 5] and random == choose(n=9, criterion="random", seed=3)
-    assert len({tuple(choose(n=2, criterion="random", seed=s)) for s in range(20)}) > 5
-
-
-# ---------------------------------------------------------------------------- the benchmarks' files
-THEIRS = {"output": "theirs", "generator": "other", "dataset": "koala"}
-ALPACA = [{"instruction": "w10 w9", **THEIRS}, {"instruction": "w11 w9", **THEIRS}]
-ARENA = [{"uid": "a1", "category": "hard_prompt", "prompt": "w20 w21"}, {"uid": "a2", "prompt": "w22"}]
-ARENA_2024 = [{"question_id": "b1", "category": "c", "cluster": "d", "turns": [{"content": "w20"}]}]
-MT = [
-    {"question_id": 81, "category": "writing", "turns": ["w30 w31", "w32"]},
-    {"question_id": 111, "category": "math", "turns": ["w33", "w34"]},
-]
-
-
-@pytest.fixture(scope="module")
-def talker():
-    """Another random model, whose greedy answers are many different words."""
-    model = make_lm(seed=4, tie_word_embeddings=False)
-    model.generation_config = GenerationConfig(eos_token_id=1, pad_token_id=0)
-    return model
-
-
-def exported(lm, tokenizer, kind, questions, tmp_path, **options):
-    path = tmp_path / ("q.json" if kind == "alpaca_eval" else "q.jsonl")
-    lines = "\n".join(map(json.dumps, questions))
-    path.write_text(json.dumps(questions) if kind == "alpaca_eval" else lines)
-    read = benchmarks.read_questions(kind, path)
-    return eval_diversity.export(lm, tokenizer, kind, read, model="ours", max_new_tokens=12, **options)
-
-
-def greedy(lm, ids):
-    """The most likely continuation, without the token that ends it."""
-    start = len(ids)
-    while len(ids) < start + 12 and ids[-1] not in (1, 7):
-        ids = [*ids, lm(torch.tensor([ids])).logits[0, -1].argmax().item()]
-    return [token for token in ids[start:] if token not in (1, 7)]
-
-
-def ids_of(tokenizer, text):
-    return tokenizer(text, add_special_tokens=False).input_ids
-
-
-def test_answers_in_each_benchmarks_format(talker, tokenizer, tmp_path):
-    options = {"temperature": 0.0}
-    text = lambda question: tokenizer.decode(  # noqa: E731
-        greedy(talker, ids_of(tokenizer, f"<bos> <u> {question} <end> <a>")), skip_special_tokens=True
-    )
-    alpaca = exported(talker, tokenizer, "alpaca_eval", ALPACA, tmp_path, **options)
-    for question, answer in zip(ALPACA, alpaca, strict=True):
-        told = text(question["instruction"])
-        assert answer == {**question, "output": told, "generator": "ours"} and told
-    arena = exported(talker, tokenizer, "arena_hard", ARENA, tmp_path)
-    for question, answer in zip(ARENA, arena, strict=True):
-        assert {*answer} == {"uid", "ans_id", "model", "messages", "tstamp"}
-        assert answer["uid"] == question["uid"] and answer["model"] == "ours"
-        user, said = answer["messages"]
-        assert user == {"role": "user", "content": question["prompt"]} and said["role"] == "assistant"
-        assert said["content"] == {"answer": text(question["prompt"])}, "greedy without --temperature"
-    (old,) = exported(talker, tokenizer, "arena_hard", ARENA_2024, tmp_path)
-    assert {*old} == {"question_id", "answer_id", "model_id", "choices", "tstamp"}
-    assert old["choices"] == [{"index": 0, "turns": [{"content": text("w20")}]}]
-    (record,) = exported(talker, tokenizer, "records", [{"prompt": "w20"}], tmp_path, **options)
-    assert record == {"prompt": "w20", "response": text("w20")}
-
-
-def test_second_turn_follows_the_models_own_first(talker, tokenizer, tmp_path):
-    """Greedy by hand over the whole talk; the first turn's end stands once, between answer and question."""
-    answers = exported(talker, tokenizer, "mt_bench", MT, tmp_path, temperature=0.0)
-    for question, answer in zip(MT, answers, strict=True):
-        assert {*answer} == {"question_id", "answer_id", "model_id", "choices", "tstamp"}
-        assert answer["question_id"] == question["question_id"] and answer["model_id"] == "ours"
-        (choice,) = answer["choices"]
-        assert choice["index"] == 0 and len(choice["turns"]) == 2
-        opening, then = (f"<u> {turn} <end> <a>" for turn in question["turns"])
-        talk = ids_of(tokenizer, f"<bos> {opening}")
-        first = greedy(talker, talk)
-        first = tokenizer.decode(first, skip_special_tokens=True)
-        second = greedy(talker, [*talk, *ids_of(tokenizer, first), 7, *ids_of(tokenizer, then)])
-        assert choice["turns"] == [first, tokenizer.decode(second, skip_special_tokens=True)]
-        alone = greedy(talker, ids_of(tokenizer, f"<bos> {then}"))
-        assert second != alone, "this test can't tell"
-    # Without a temperature, the benchmark's own: math is greedy, writing is not.
-    writing, maths = zip(
-        *(exported(talker, tokenizer, "mt_bench", MT, tmp_path, seed=seed) for seed in range(3)), strict=True
-    )
-    assert all(answer["choices"] == answers[1]["choices"] for answer in maths)
-    assert len({str(answer["choices"]) for answer in writing}) > 1
-
-
-def test_questions_that_are_none(tmp_path):
-    path = tmp_path / "q.jsonl"
-    for kind, line, what in (
-        ("mt_bench", {"prompt": "w1"}, "question_id"),
-        ("arena_hard", {"uid": "1"}, "prompt"),
-        ("alpaca_eval", {"prompt": "w1"}, "instruction"),
-        ("mt_bench", {"question_id": 1, "category": "math", "turns": [["w1"]]}, "turns"),
-    ):
-        path.write_text(json.dumps(line))
-        with pytest.raises(ValueError, match=rf"q\.jsonl.*{kind}.*{what}"):
-            benchmarks.read_questions(kind, path)
-    with pytest.raises(ValueError, match=r"nowhere\.json"):
-        benchmarks.read_questions("alpaca_eval", tmp_path / "nowhere.json")
-
-
 # ---------------------------------------------------------------------------- the script
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, talker, sae, tokenizer):
-    """A directory with a policy, its reference, an SAE and pairs; the flags that name them."""
-    folder = tmp_path_factory.mktemp("eval")
-    for name, model in (("policy", talker), ("reference", nudge(talker))):
-        model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-    np.savez(folder / "sae.npz", **{name: getattr(sae, name).numpy() for name in ARRAYS})
-    with open(folder / "pairs.jsonl", "w") as file:
-        for pair in (make_pairs(21, seed=3)[i] for i in range(21)):
+@pytest.fixture
+def run(tmp_path, lm, tokenizer, monkeypatch):
+    """What train.py leaves: run/model, run/config.json; and beside it a reference, an SAE and pairs."""
+    monkeypatch.chdir(tmp_path)
+    for name, model in (("run/model", lm), ("reference", make_lm())):
+        model.save_pretrained(name)
+        tokenizer.save_pretrained(name)
+    np.savez("sae.npz", **{name: getattr(make_sae(), name).numpy() for name in ARRAYS})
+    pairs = make_pairs(21, seed=3)
+    with open("pairs.jsonl", "w") as file:
+        for pair in (pairs[i] for i in range(21)):
             words = (" ".join(WORDS[token % len(WORDS)] for token in part.tolist()) for part in pair)
             file.write(json.dumps(dict(zip(("prompt", "chosen", "rejected"), words, strict=True))) + "\n")
-    return folder
+    words = "--method fpo --model reference --dataset pairs.jsonl --eval_dataset pairs.jsonl --sae sae.npz"
+    words += " --sae_layer 1 --k 7 --max_length 99 --max_prompt_length 50"
+    config = train.parse_args(words.split())
+    (tmp_path / "run/config.json").write_text(json.dumps(vars(config) | {"units": [9.0]}))
+    return tmp_path
 
 
-def flags_of(folder, **flags):
-    """--model, --dataset and --sae of the folder, and others."""
-    own = {"model": folder / "policy", "dataset": folder / "pairs.jsonl", "sae": folder / "sae.npz"}
-    words = ["--sae_layer", "1"]
-    for name, value in (own | flags).items():
-        words += [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]
-    return words
-
-
-def test_features_make_a_weights_file(folder, sae, capsys):
-    """Answers of w20 against those of w30: the table, and the file as train.py's reader takes it."""
-    for name, word in (("a", "w20"), ("b", "w30")):
-        lines = [json.dumps({"prompt": f"w{i}", "response": f"{word} w{i}"}) for i in range(40, 48)]
-        (folder / f"{name}.jsonl").write_text("\n".join(lines))
-    sets, found, weights = (folder / "a.jsonl", folder / "b.jsonl"), folder / "found.json", folder / "w.json"
-    options = {"find_features": sets, "features": 6, "weights": weights, "weight_outside": 0.25}
-    eval_diversity.main(flags_of(folder, json=found, **options))
-    rows = json.loads(found.read_text())["features"]
-    assert len(rows) == 6 and all(row["mean_a"] > row["mean_b"] for row in rows)
-    assert f"{rows[0]['feature']:>8}{rows[0]['mean_a']:>12.4f}" in capsys.readouterr().out
-    (w,) = presets.load_feature_weights(weights, [sae])
-    assert w[[row["feature"] for row in rows]].tolist() == [1.0] * 6 and (w == 0.25).sum() == sae.m - 6
-
-
-def test_script_on_two_ranks(folder):
-    """Two processes: the same scores and intervals as one, in the files."""
-    few = {"prompts": 5, "samples": 3, "max_new_tokens": 20, "features_top": 4, "bootstrap": 50}
-    few["reference"] = folder / "reference"
-    words = [sys.executable, eval_diversity.__file__, *flags_of(folder, json=folder / "two.json", **few)]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    where = {**os.environ, **where, "OMP_NUM_THREADS": "1"}
-    options = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
-    ranks = [subprocess.Popen(words, env={**where, "RANK": rank}, **options) for rank in "01"]
-    eval_diversity.main(flags_of(folder, json=folder / "one.json", train_pairs=folder / "pairs.jsonl", **few))
-    for rank in ranks:
-        errors = rank.communicate(timeout=120)[1]
-        assert rank.returncode == 0, errors
-    one, two = (json.loads((folder / f"{name}.json").read_text()) for name in ("one", "two"))
-    assert set(one.pop("made_by")) == set(two.pop("made_by")) == {"command", "commit", "hardware"}
-    again, ends, ends_two = one.pop("train"), one.pop("intervals"), two.pop("intervals")
-    assert one.keys() == two.keys() and len(one["activations_reference"]) == 4 and len(ends) > 15
-    for name in one:
-        assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
-    for name in ends:
-        assert ends_two[name] == pytest.approx(ends[name], rel=1e-3, abs=1e-6), name
-    assert again["accuracy"] == one["accuracy"] and "entropy" not in again, "the same pairs as training pairs"
-
-
-def test_files_for_each_temperature(folder):
-    (folder / "q.json").write_text(json.dumps([{"instruction": "w20 w21", "dataset": "d"}]))
-    out, options = folder / "out/ours.json", {"export": "alpaca_eval", "questions": folder / "q.json"}
-    eval_diversity.main(flags_of(folder, out=out, temperature=(0.2, 1), max_new_tokens=9, **options))
-    for name in ("ours_t0.2", "ours_t1"):
-        (answer,) = json.loads((folder / f"out/{name}.json").read_text())
-        assert answer["generator"] == name and answer["dataset"] == "d" and answer["output"]
+def test_a_model_is_scored_as_it_was_trained(run):
+    """Method, units, data, SAE and lengths are the run's; flags replace them, a preset the last three."""
+    settings = eval_diversity.parse_args(["--model", "run/model"])
+    assert settings.method == "fpo" and settings.units == [9.0]
+    names = ("eval_dataset", "dataset", "sae", "sae_layer", "k", "max_length", "max_prompt_length")
+    expected = ["pairs.jsonl", "pairs.jsonl", "sae.npz", [1], 7, 99, 50]
+    assert [getattr(settings.config, name) for name in names] == expected
+    words = ["--model", "run/model", "--method", "dpo", "--k", "8", "--dataset", "other.jsonl"]
+    settings = eval_diversity.parse_args([*words, "--train_pairs", "third.jsonl"])
+    found = [getattr(settings.config, name) for name in names]
+    assert settings.method == "dpo" and found == ["other.jsonl", "third.jsonl", "sae.npz", [1], 8, 99, 50]
+    settings = eval_diversity.parse_args(
+        ["--preset", "gemma-2-2b", "--model", "run/model", "--sae_layer", "1"]
+    )
+    assert settings.config.max_length == 2048 and "ultrafeedback" in settings.config.eval_dataset
+    assert settings.method == "fpo" and settings.units == [9.0]
+    settings = eval_diversity.parse_args(["--model", "reference", "--dataset", "pairs.jsonl"])
+    assert settings.method is None and settings.units == [] and settings.config.sae is None
 
 
 @pytest.mark.parametrize(
@@ -500,21 +333,48 @@ def test_files_for_each_temperature(folder):
         (["--top_p", "0"], "--top_p 0.0"),
         (["--samples", "-1"], "--samples -1"),
         (["--prompts", "0"], "--prompts 0"),
-        (["--temperature", "0.5"], "--temperature"),
-        (["--export", "mt_bench"], "--questions"),
-        (["--export", "alpaca_eval", "--questions", "q", "--out", "a.jsonl"], ".json"),
-        (["--export", "records", "--questions", "q", "--out", "a.jsonl", "--temperature", "-1"], "-1.0"),
-        (["--weights", "w.json"], "--find_features"),
-        (["--weight_inside", "nan"], "--weight_inside nan"),
+        (["--beta", "nan"], "--beta nan"),
+        (["--reference", ""], "--reference ''"),
+        (["--lr", "1e-3"], "--lr"),
+        (["--k", "0"], "--k 0"),
+        (["--method", "ppo"], "ppo"),
+        (["--preset", "other"], "--preset other"),
+        (["--model", "reference"], "--dataset"),
+        (["--model", "run/model", "--sae_layer", "2"], "--sae_layer"),
+        (["--json", "."], "--json"),
     ],
 )
-def test_wrong_flags_name_themselves(flags, what):
-    with pytest.raises(ValueError, match=what.replace(".", r"\.")):
-        eval_diversity.parse_args(["--preset", "toy", *flags])
+def test_wrong_flags_name_themselves(run, flags, what):
+    with pytest.raises(UserError, match=what.replace(".", r"\.")):
+        eval_diversity.parse_args(flags)
 
 
-def test_exported_records_are_read_again(tokenizer, tmp_path):
-    """They are a set of responses for --find_features: the SFT format of data.load_pairs."""
-    eval_diversity.write_lines(tmp_path / "r.jsonl", [{"prompt": "w20 w21", "response": "w30"}])
-    pairs = load_pairs(str(tmp_path / "r.jsonl"), tokenizer, sft=True)
-    assert [part.tolist() for part in pairs[0]][1:] == [[*ids_of(tokenizer, "w30"), 7], []]
+def test_script_on_two_ranks(run):
+    """Two processes: the same scores, samples and intervals as one, in the files."""
+    words = "--model run/model --reference reference --prompts 5 --samples 3 --max_new_tokens 20 --seed 2"
+    words = f"{words} --sample_batch 4 --features_top 4 --bootstrap 50 --train_pairs --json".split()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    ranks = [({}, "one.json"), ({**where, "RANK": "0"}, "two.json"), ({**where, "RANK": "1"}, "two.json")]
+    started = [
+        subprocess.Popen(
+            [sys.executable, eval_diversity.__file__, *words, path],
+            env={**os.environ, **env, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True,
+        )
+        for env, path in ranks
+    ]  # fmt: skip
+    for process in started:
+        errors = process.communicate(timeout=120)[1]
+        assert process.returncode == 0, errors
+    one, two = (json.loads((run / path).read_text()) for path in ("one.json", "two.json"))
+    assert set(one.pop("made_by")) == set(two.pop("made_by")) == {"command", "commit", "hardware"}
+    again, ends, ends_two = one.pop("train"), one.pop("intervals"), two.pop("intervals")
+    two.pop("train")
+    assert one.keys() == two.keys() and len(one["activations_reference"]) == 4 and len(ends) > 15
+    assert {"entropy", "teacher_forced_entropy_all", "reward_accuracy", "self_bleu"} <= one.keys()
+    for name in one:
+        assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
+    for name in ends:
+        assert ends_two[name] == pytest.approx(ends[name], rel=1e-3, abs=1e-6), name
+    assert again["accuracy"] == one["accuracy"] and "entropy" not in again, "the same pairs as training pairs"

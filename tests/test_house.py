@@ -7,7 +7,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 TOP = {"losses", "sae", "data", "scale", "fpo", "toy", "offline", "train", "eval_diversity"}
-FLOOR = {"losses": 1, "data": 1, "sae": 1, "scale": 1, "fpo": 2, "toy": 2, "offline": 3, "train": 4, "eval_diversity": 5}
+FLOOR = {
+    "losses": 1,
+    "data": 1,
+    "sae": 1,
+    "scale": 1,
+    "fpo": 2,
+    "toy": 2,
+    "offline": 3,
+    "train": 4,
+    "eval_diversity": 5,
+}
 
 
 def tracked(pattern):

@@ -1,0 +1,207 @@
+"""What a step costs on a card that is not there: FLOPs by part, bytes moved, and the least time for both.
+
+The real layers, head and SAE run over fake tensors. Matrix products and attention run at the card's peak for
+their dtype, which hides the bytes that they move; all else moves bytes at the speed of the card's memory, and
+communication is hidden. Bytes are counted in three ways:
+
+    eager      each operation reads its inputs and writes its outputs
+    compiled   in the layers, the operations between two products are one kernel: it reads what was made
+               before it, and writes what is read after it
+    fused      compiled, and clip and update take one pass each, as scale.py does on CUDA
+"""
+
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from transformers import AttentionInterface, AutoModelForCausalLM
+
+import scale
+from experiments.plan import parameters_of
+from fpo import NEEDED, attention_mask
+
+# The makers' figures: FLOP/s of dense bf16 products, and of float32 ones (not TF32); bytes/s of the memory.
+CARDS = {"H100": {"bfloat16": 989e12, "float32": 67e12, "memory": 3.35e12}}
+CARDS |= {"H200": CARDS["H100"] | {"memory": 4.8e12}}
+WAYS = ("eager", "compiled", "fused")
+# By these ways, bytes a bf16 parameter that clip and update move: an operation at a time as in commit d6594d8
+# did, and in one pass, as scale.py says of CUDA.
+CLIP = (38, 38, 2)
+UPDATE = {"adam": (162, 162, 26), "rmsprop": (142, 142, 18)}
+# Operations that move nothing, or next to nothing: they pick or put single values.
+FREE = ("index", "embedding", "empty", "_unsafe_view")
+
+
+def addmm_flops(_, a, b, **__) -> int:
+    """FLOPs of x.addmm_(a, b), by shapes."""
+    return 2 * a[0] * a[1] * b[1]
+
+
+def flop_counter():
+    """torch's, with the product that it leaves out."""
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flops})
+
+
+class Counter(TorchDispatchMode):
+    """Counts the bytes that all but products move, `eager` and `compiled`: see this file's head.
+
+    widening: casts to float32 count; on CUDA scale.py's products sum in float32 without them.
+    """
+
+    def __init__(self, widening=True):
+        super().__init__()
+        self.widening, self.eager, self.compiled = widening, 0, 0
+        self.run = 0  # the number of a run of operations between two products
+        self.made: dict = {}  # storage: the run that made it; None: a product, or it is written already
+        self.read: set = set()  # storages that this run has read
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        product = func.overloadpacket in flop_registry or name == "addmm_" or "attention" in name
+        free = func.is_view or func.namespace == "prim" or name.startswith(FREE)
+        if free or (name == "_to_copy" and not self.widening and size(out) > size(args[0])):
+            return out
+        sources = args[1:] if name == "copy_" else (args, kwargs)
+        read, written = ([x for x in tree_leaves(part) if torch.is_tensor(x)] for part in (sources, out))
+        if product:
+            self.run, self.read = self.run + 1, set()
+        else:
+            self.eager += sum(map(size, read + written))
+        for tensor in read:
+            storage = tensor.untyped_storage()
+            maker = self.made.get(storage)
+            if maker is not None and maker != self.run:  # the run that made it has to write it, once
+                self.compiled += size(tensor)
+                self.made[storage] = maker = None
+            if maker is None and not product and storage not in self.read:
+                self.compiled += size(tensor)
+                self.read.add(storage)
+        for tensor in written:
+            self.made[tensor.untyped_storage()] = None if product else self.run
+        return out
+
+
+def size(tensor) -> int:
+    """Bytes of a tensor in memory: what it repeats counts once."""
+    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
+
+
+def so_far(flops, counter):
+    """(4,) what was counted: FLOPs, and bytes eager, compiled and fused."""
+    return np.array([flops.get_total_flops(), counter.eager, counter.compiled, counter.compiled], dtype=float)
+
+
+# ---------------------------------------------------------------------------- the parts of a step
+def one_kernel(module, query, key, value, mask, **_):
+    """Attention as one operation, as flex_attention is; its FLOPs go by the mask, below."""
+    out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    return out.transpose(1, 2), None
+
+
+AttentionInterface.register("one_kernel", one_kernel)
+
+
+def body_cost(config, tokens):
+    """The transformer's cost without attention's FLOPs: of a forward, the backward, all layers' forward."""
+    costs, options = [], {"dtype": torch.bfloat16, "attn_implementation": "one_kernel"}
+    for depth in (1, 2):  # all layers cost the same
+        shallow = config.to_dict() | {"num_hidden_layers": depth, "layer_types": None}
+        with FakeTensorMode():
+            lm = AutoModelForCausalLM.from_config(type(config)(**shallow), **options)
+            place = torch.zeros(tokens.shape, dtype=torch.int64)
+            inputs = {"input_ids": place, "position_ids": place, "use_cache": False}
+            inputs["attention_mask"] = dict.fromkeys(("full_attention", "sliding_attention"))
+            with flop_counter() as flops, Counter() as counter:
+                out = lm.model(**inputs).last_hidden_state
+                forward = so_far(flops, counter)
+                out.backward(torch.empty_like(out))
+                costs.append(np.stack([forward, so_far(flops, counter) - forward]))
+    layer = costs[1] - costs[0]
+    return *(costs[0] + (config.num_hidden_layers - 1) * layer), config.num_hidden_layers * layer[0]
+
+
+def attention_flops(config, batch) -> float:
+    """FLOPs of all layers' attention in a forward: two products over the blocks that the mask leaves."""
+    masks, visited = attention_mask(batch, config, torch.bfloat16), 0
+    for kind in config.layer_types:
+        blocks = masks[kind].kv_num_blocks.sum() + masks[kind].full_kv_num_blocks.sum()
+        visited += int(blocks) * np.prod(masks[kind].BLOCK_SIZE)
+    return 2 * 2 * config.num_attention_heads * config.head_dim * visited
+
+
+def head_cost(config, N, held):
+    """Head and log-probabilities of N tokens, both directions; `held`: a reference's too, for the KL."""
+    shapes, options = (N, config.vocab_size), {"dtype": torch.bfloat16, "requires_grad": True}
+    with FakeTensorMode(), flop_counter() as flops, Counter(widening=False) as counter:
+        states, weight = (torch.empty(n, config.hidden_size, **options) for n in shapes)
+        inputs = states, weight, torch.empty(N, dtype=torch.int64), config.final_logit_softcapping
+        inputs += (states, weight) if held else (None, None)
+        logps, kl, *_ = scale._TokenStatistics.apply(*inputs, scale.VOCABULARY_SLICE["cuda"], False)
+        (logps + kl if held else logps).sum().backward()
+    return so_far(flops, counter)
+
+
+@torch.no_grad()
+def sae_cost(config, N, m, responses):
+    """The pooled features of N tokens; the backward's products have the sizes of the forward's."""
+    with FakeTensorMode(), flop_counter() as flops, Counter() as counter:
+        sae = SimpleNamespace(W_enc=torch.empty(config.hidden_size, m), b_enc=torch.empty(m))
+        sae.threshold, owner = torch.empty(m), torch.zeros(N, dtype=torch.int64)
+        states = torch.empty(N, config.hidden_size, dtype=torch.bfloat16)
+        scale.pooled_features(states, sae, owner, torch.ones(responses))
+    return 2 * so_far(flops, counter)
+
+
+# ---------------------------------------------------------------------------- the whole step
+def step_cost(config, batch, *, method, rule, ranks, checkpointing, sae_width):
+    """{part: (4,) FLOPs, and bytes eager, compiled, fused} of a rank's step of one micro-batch."""
+    held, N, P = method in NEEDED, len(batch.target), parameters_of(config)[0]
+    forward, backward, layers = body_cost(config, batch.tokens)
+    not_compiled = [0, 1, 1, 1]
+    return {
+        "body": forward + backward,
+        "recompute": checkpointing * layers,
+        "reference": held * forward,
+        # Of attention's two products the backward makes one again, and two gradients of each.
+        "attention": attention_flops(config, batch) * np.array([3.5 + checkpointing + held, 0, 0, 0]),
+        "head": head_cost(config, N, held)[not_compiled],
+        "SAE": (method == "fpo") * sae_cost(config, N, sae_width, len(batch.lengths))[not_compiled],
+        "clip": P * np.array([0, *CLIP]),
+        "update": P / ranks * np.array([0, *UPDATE[rule]]),
+    }
+
+
+def least_seconds(costs, card) -> dict:
+    """{way: least time of a step}, by a card of CARDS. The SAE's products are float32, all others bf16."""
+    dtypes = dict.fromkeys(costs, "bfloat16") | {"SAE": "float32"}
+    products = sum(cost[0] / card[dtypes[part]] for part, cost in costs.items())
+    return {way: products + sum(costs.values())[1 + i] / card["memory"] for i, way in enumerate(WAYS)}
+
+
+def tables(args, batch, method) -> dict:
+    """A method's step as two tables, lists of rows: the parts' FLOPs and bytes, and what each card allows.
+
+    args: of bench.py, completed by a shape. N parameters and T tokens make 6NT FLOPs, 8NT with checkpointing.
+    """
+    options = {"rule": args.rule, "ranks": args.rank_of, "sae_width": args.sae_width}
+    costs = step_cost(args.config, batch, method=method, checkpointing=args.checkpointing, **options)
+    NT = parameters_of(args.config)[0] * batch.tokens.numel()
+    parts, bounds = [], []
+    for part, cost in (costs | {"sum": sum(costs.values())}).items():
+        flops, *ways = cost.tolist()
+        parts.append(
+            {"part": part, "TFLOP": flops / 1e12, "/ 6NT": flops / (6 * NT), "/ 8NT": flops / (8 * NT)}
+        )
+        parts[-1] |= {f"GB {way}": size / 1e9 for way, size in zip(WAYS, ways, strict=True)}
+    for name, card in CARDS.items():
+        for way, s in least_seconds(costs, card).items():
+            bounds.append(
+                {"card": name, "way": way, "least ms": 1e3 * s, "MFU": 6 * NT / s / card["bfloat16"]}
+            )
+    return {"by part": parts, "at a card's limits": bounds}
