@@ -732,7 +732,10 @@ def git_commit() -> str:
 
 def made_by() -> dict:
     """What a file of results says of its making: command, commit, hardware."""
-    command = shlex.join(["python", *sys.argv])
+    script, *words = sys.argv
+    parts = Path(script).parts[-2:]  # a module of a folder is started by -m
+    name = ["-m", ".".join(parts).removesuffix(".py")] if parts[0] == "experiments" else [parts[-1]]
+    command = shlex.join(["python", *name, *words])
     return {"command": command, "commit": git_commit(), "hardware": hardware()}
 
 

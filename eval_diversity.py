@@ -187,7 +187,7 @@ def sample_responses(
     batches = [jobs[i : i + sample_batch] for i in range(0, len(jobs), sample_batch)]
     drawn, mine = {}, range(rank, len(batches), world)
     with generating(lm, settings):
-        for number in tqdm(mine, "sampling", disable=rank > 0, leave=False):
+        for number in tqdm(mine, "sampling", disable=True if rank else None, leave=False):
             torch.manual_seed(seed * 1_000_003 + number)
             responses = continue_batch(lm, [prompts[job // samples] for job in batches[number]])
             drawn |= zip(batches[number], responses, strict=True)

@@ -270,9 +270,9 @@ def noise_floor(policy: Policy, pairs, *, k=50, n=8, **rows) -> float | None:
         return None
     indices = torch.linspace(0, len(pairs) - 1, min(n, len(pairs))).long().tolist()
     together = policy(collate(pairs, indices, **rows).to(policy.lm.device))[0].features
-    alone = [policy(collate(pairs, [i], **rows).to(policy.lm.device))[0].features for i in indices]
+    each = [policy(collate(pairs, [i], **rows).to(policy.lm.device))[0].features for i in indices]
     # Per SAE (2n, m), in the batch's order: the chosen responses of all pairs, then the rejected ones.
-    alone = tuple(torch.stack(per_sae, 1).flatten(0, 1) for per_sae in zip(*alone, strict=True))
+    alone = tuple(torch.stack(per_sae, 1).flatten(0, 1) for per_sae in zip(*each, strict=True))
     return feature_distance(together, alone, k=k).mean().item()
 
 
@@ -303,7 +303,7 @@ def method_loss(
         ref_w, ref_l = reference.logps.chunk(2)
 
     # How far the policy is from the reference: what TDPO and FPO constrain, logged for all.
-    values, D_w, D_l = {}, None, None
+    values: dict[str, torch.Tensor] = {}
     if policy.kl is not None:
         kl_w, kl_l = policy.kl.chunk(2)
         values |= {"kl_chosen": kl_w, "kl_rejected": kl_l}
@@ -381,11 +381,11 @@ def score_pairs(
     groups = micro_batches(range(len(pairs)), lengths, world, max_pairs=16, max_tokens=max_tokens)[
         rank::world
     ]
-    was_training, table = policy.training, {}
+    was_training, table = policy.training, dict[str, torch.Tensor]()
     policy.eval()
     batches = stream(pairs, groups, device=policy.lm.device, lookup=lookup, **rows)
     for batch, cached in tqdm(
-        batches, "evaluating", len(groups), disable=not progress or rank > 0, leave=False
+        batches, "evaluating", len(groups), disable=None if progress and rank == 0 else True, leave=False
     ):
         says, held = policy(batch, entropy=True)
         reference = held or cached

@@ -89,7 +89,7 @@ def build_reference(policy: Policy, pairs: Pairs, cache_dir, identity, *, max_to
         groups, ends = _shard_batches(pairs, missing[rank::world], max_tokens, rows)
         groups = lockstep(groups, device)
         quiet = rank > 0 or not groups
-        was_training, parts = policy.training, []
+        was_training, parts = policy.training, list[tuple]()
         policy.eval()
         with torch.no_grad(), tqdm(total=len(groups), desc="reference (Phase 1)", disable=quiet) as bar:
             waiting = None  # the batch before: its results come to the host while this one computes
@@ -204,7 +204,7 @@ class ReferenceCache:
     """
 
     def __init__(self, folder):
-        self.folder, manifest = Path(folder), _manifest(folder)
+        self.folder, manifest = Path(folder), _manifest(folder) or {}
         self.pairs, self.shard = manifest["pairs"], manifest["shard"]
         self.widths = [sae[2] for sae in manifest["identity"]["saes"]]  # m of each SAE
         self._open = {}  # shard -> (file, log-probabilities, per SAE where each vector starts)

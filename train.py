@@ -55,15 +55,15 @@ class Config:
     """
 
     # what runs, on what
-    method: Literal[fpo.METHODS] = flag("fpo", "a row of Table 1 or Table 6")
+    method: Literal[fpo.METHODS] = flag("fpo", "a row of Table 1 or 6")  # type: ignore[valid-type]
     preset: str | None = flag(None, "fills in what is not given; gemma-2-2b, or own with --model alone")
-    model: str | None = flag(None, "where training starts: a Hugging Face directory or hub name")
-    reference: str | None = flag(None, "the frozen π_ref; by default where training starts")
-    dataset: str | None = flag(None, "pairs: a JSONL, parquet or arrow file, or hub NAME:SPLIT")
-    eval_dataset: str | None = flag(None, "held-out pairs, in the same forms")
+    model: str = flag(None, "where training starts: a Hugging Face directory or hub name")
+    reference: str = flag(None, "the frozen π_ref; by default where training starts")
+    dataset: str = flag(None, "pairs: a JSONL, parquet or arrow file, or hub NAME:SPLIT")
+    eval_dataset: str = flag(None, "held-out pairs, in the same forms")
     chat_format: Literal["auto", "halos"] = flag("auto", "of tokenizers without template; halos: Sec. 4's")
-    cache_dir: str | None = flag(None, "Phase 1's reference; by default runs/PRESET/reference")
-    out: str | None = flag(None, "folder of this run; by default runs/PRESET/METHOD")
+    cache_dir: str = flag(None, "Phase 1's reference; by default runs/PRESET/reference")
+    out: str = flag(None, "folder of this run; by default runs/PRESET/METHOD")
     # the sparse autoencoder
     sae: str | None = flag("google/gemma-scope-2b-pt-res", "Gemma Scope's repo or layout, or one file")
     sae_layer: list[int] = flag([25], "from 0; the last is best (Table 3); several: mean D_FPO (Table 7)")
@@ -107,7 +107,7 @@ class Config:
 
 
 # Table 5 by method; None: the method has no such term. SimPO+KL is Table 6's, whose values are not given.
-TABLE_5 = {
+TABLE_5: dict[str, dict] = {
     "sft": {"beta": None, "alpha": None, "gamma": None},
     "dpo": {"beta": 0.1, "alpha": None, "gamma": None},
     "tdpo1": {"beta": 0.1, "alpha": None, "gamma": None},
@@ -117,7 +117,7 @@ TABLE_5 = {
     "fpo": {"beta": 0.1, "alpha": 0.5, "gamma": None},
 }
 ULTRAFEEDBACK, ULTRACHAT = "HuggingFaceH4/ultrafeedback_binarized", "HuggingFaceH4/ultrachat_200k"
-PAPER_DATA = {
+PAPER_DATA: dict[str, dict] = {
     "sft": {"dataset": f"{ULTRACHAT}:train_sft", "eval_dataset": f"{ULTRACHAT}:test_sft[:2000]"},
     "others": {"dataset": f"{ULTRAFEEDBACK}:train_prefs", "eval_dataset": f"{ULTRAFEEDBACK}:test_prefs"},
 }
@@ -169,10 +169,9 @@ def parse_args(argv=None) -> Config:
 
     Raises: UserError: a flag or value that is not allowed, in one line that names those that are.
     """
-    parser = HfArgumentParser(
-        Config, description=__doc__.split("\n\n")[0], allow_abbrev=False, add_help=False
-    )
-    parser.error = refuse  # argparse's own prints a page
+    about = {"description": __doc__.split("\n\n")[0], "allow_abbrev": False, "add_help": False}
+    parser = HfArgumentParser(Config, **about)  # type: ignore[arg-type]
+    parser.error = refuse  # type: ignore[method-assign]  # argparse's own prints a page
     first, _ = parser.parse_known_args(argv)
     preset = first.preset or ("own" if first.model else "gemma-2-2b")
     if preset not in PRESETS:
@@ -375,7 +374,7 @@ def hold_reference(policy, config, device):
     return lm
 
 
-def weights_digest(lm) -> str:
+def weights_digest(lm):
     """`offline.digest` of a model's weights; rank 0 computes it for all."""
     digest = [offline.digest(lm.state_dict()) if data.ranks()[0] == 0 else None]
     if dist.is_initialized():
@@ -491,7 +490,7 @@ def held(policy, optimizer) -> tuple[dict[str, torch.Tensor], set[str]]:
     """This rank's weights and optimizer states by parameter name, and the names that rank 0 holds as well."""
     inner = getattr(optimizer, "optim", optimizer)  # within a ZeroRedundancyOptimizer: this rank's share
     rules = {id(p): group["rule"] for group in inner.param_groups for p in group["params"]}
-    tensors, common = {}, set()
+    tensors, common = dict[str, torch.Tensor](), set[str]()
     for name, parameter in policy.named_parameters():
         sharded = isinstance(parameter, DTensor)
         found = {f"weight/{name}": parameter.to_local() if sharded else parameter}
@@ -627,7 +626,7 @@ def draw(writer, step, values):
 def save_model(policy, tokenizer, config, *, weights=True):
     """OUT/model, a Hugging Face directory, written aside and renamed. Every rank must call it, twice.
 
-    First with weights=False: what can fail for another reason than a full disk is written before the training.
+    First with weights=False: what can fail for other reasons than a full disk is written before the training.
     """
     state = scale.full_state_dict(policy) if weights else {}
     if data.ranks()[0]:
@@ -635,8 +634,8 @@ def save_model(policy, tokenizer, config, *, weights=True):
     lm, aside, final = policy.lm, Path(config.out) / "model.tmp", Path(config.out) / "model"
     dtype = lm.config.dtype = torch_dtype(config, lm.device)
     # Written anew: a base model's may be invalid, or not know the token that ends a turn.
-    ends = [lm.config.get_text_config().eos_token_id, tokenizer.eos_token_id, data.Chat(tokenizer).end]
-    ends = {end for some in ends for end in (some if isinstance(some, list) else [some])} - {None}
+    known = [lm.config.get_text_config().eos_token_id, tokenizer.eos_token_id, data.Chat(tokenizer).end]
+    ends = {end for some in known for end in (some if isinstance(some, list) else [some])} - {None}
     lm.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=sorted(ends), pad_token_id=tokenizer.pad_token_id
     )

@@ -1,7 +1,6 @@
 """The path that trains is the written maths: Policy, masks, losses, audit, scores, cache, in plain form."""
 
 import copy
-import math
 
 import pytest
 import torch
@@ -330,7 +329,7 @@ def test_architectures_that_are_refused():
         fpo.Policy(GPT2LMHeadModel(gpt2))
     hybrid = make_lm()
     hybrid.config.layer_types = ["full_attention", "linear_attention"] * 2
-    with pytest.raises(UserError, match="layers of {'linear_attention'}"):
+    with pytest.raises(UserError, match=r"layers of .'linear_attention'"):
         fpo.Policy(hybrid)
 
 
@@ -477,4 +476,4 @@ def test_constraint_is_logged_as_the_loss_has_it(lm, reference, saes):
         loss, v = fpo.method_loss(method, *policy(collate(make_pairs(5), range(5))), beta=0.3, alpha=0.7, k=4)
         u = v["reward_chosen"] - v["reward_rejected"] - v["constraint"]
         torch.testing.assert_close(loss, -F.logsigmoid(u))
-        assert v["constraint"].abs().max() > 1e-4 and not math.isnan(u.sum())
+        assert v["constraint"].abs().max() > 1e-4 and u.isfinite().all()
