@@ -3,6 +3,7 @@
 python tests/test_readme.py     renews line links and tables of results
 """
 
+import argparse
 import contextlib
 import importlib
 import inspect
@@ -96,7 +97,18 @@ def test_commands_parse(command, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     name, experiment, words = SCRIPT.search(command).groups()
     module = importlib.import_module(name or f"experiments.{experiment}")
-    module.parse_args(shlex.split(words))
+    if hasattr(module, "parse_args"):
+        module.parse_args(shlex.split(words))
+    elif words or experiment != "plan":  # which takes none
+        parse = argparse.ArgumentParser.parse_args
+
+        def parse_alone(*args):
+            parse(*args)
+            raise InterruptedError
+
+        monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_alone)
+        with pytest.raises(InterruptedError):
+            module.main(shlex.split(words))
 
 
 def test_main_job_and_tests_are_one_line_each():
