@@ -362,16 +362,17 @@ def load_policy(name, config, device, saes, sites):
     return policy, digest
 
 
-def hold_reference(policy, config, device):
-    """Load the frozen reference and keep it beside the policy; returns it."""
+def hold_reference(policy, config, device, hashed=False):
+    """Load the frozen reference and keep it beside the policy. Returns its digest, if `hashed`."""
     fsdp, dtype = config.shard == "fsdp", torch_dtype(config, device)
     lm = load_lm(config.reference, device, dtype=dtype, move=not fsdp)
+    digest = weights_digest(lm) if hashed else None
     policy.hold_reference(lm)
     compile_layers(lm, config, device, policy.sites)  # as the policy's, or both would round differently
     if fsdp:
         scale.shard_layers(lm, dtype=dtype, device=device)
         lm.to(device)  # what is not in a layer: the embedding, the final norm
-    return lm
+    return digest
 
 
 def weights_digest(lm):
@@ -467,11 +468,14 @@ def step_sums(batch, loss, values, statistics) -> dict[str, torch.Tensor]:
     return {name: (value.detach() * batch.weight).sum() for name, value in logged.items()}
 
 
-def advice(line, config, floor) -> str | None:
-    """One line if the constraint, or rounding alone, outweighs the reward margin in u (Eq. 8); else None."""
-    times = line["constraint_size"] / max(line["margin_size"], 1e-30)
+def advice(constraint, margin, config, floor) -> str | None:
+    """One line if the constraint, or rounding alone, outweighs the reward margin in u (Eq. 8); else None.
+
+    constraint, margin: means of |δ| and of |reward of chosen − reward of rejected| over the step's pairs.
+    """
+    times = constraint / max(margin, 1e-30)
     noise = (config.alpha or 1) * config.beta * (floor or 0.0)
-    if config.method == "fpo" and noise > line["margin_size"]:
+    if config.method == "fpo" and noise > margin:
         return f"rounding alone makes a constraint of {noise:.1g}, above the margin: try --dtype float32"
     if times > 1 and config.alpha:
         better = f"--alpha {config.alpha / times:.1g}"
@@ -703,7 +707,7 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
         if config.feature_scale == "rms":
             units = cache.units(pairs.sizes[:, 1:])
     if config.method in fpo.NEEDED:
-        digest = weights_digest(hold_reference(policy, config, device))
+        digest = hold_reference(policy, config, device, hashed=True)
     if config.shard == "fsdp":  # a forward without gradients leaves the root's weights whole
         policy.reshard()
 
@@ -813,9 +817,14 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
         line |= {"pairs_per_s": n_pairs / seconds, "tokens_per_s": total_tokens / seconds}
         line |= {"peak_memory_gb": peak_memory_gb(device)}
         if "constraint_size" in line:  # what the constraint weighs in u beside the reward margin
-            both = line["constraint_size"] + line["margin_size"]
-            line["constraint_share"] = line["constraint_size"] / max(both, 1e-30)
-            if not advised and step >= 9 and (advised := advice(line, config, found["floor"])) and rank == 0:
+            weights = line.pop("constraint_size"), line.pop("margin_size")
+            line["constraint_share"] = weights[0] / max(sum(weights), 1e-30)
+            if (
+                not advised
+                and step >= 9
+                and (advised := advice(*weights, config, found["floor"]))
+                and rank == 0
+            ):
                 tqdm.write(f"step {step + 1}: {advised}")
         ends = stopping or step + 1 == len(plan)
         if config.eval_every and (step + 1) % config.eval_every == 0 and not ends:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_lm, make_pairs
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2ForCausalLM
 
@@ -69,6 +70,26 @@ def test_two_ranks_do_what_one_does(folder):
     assert config["alpha"] == 0.5 and config["audit"]["difference"] < 1e-4
     scores = json.loads((folder / "two/scores.json").read_text())
     assert scores["before"]["reward_accuracy"] == 0.5 and scores["after"]["kl_rejected"] > 0
+
+
+@pytest.mark.parametrize("method", ["fpo", "tdpo2"])
+def test_fsdp_trains_what_one_process_trains(folder, method):
+    """Weights, or weights and the held reference, shared out over two ranks: the same losses."""
+    flags = ["--preset", "toy", "--method", method, "--steps", "3", "--eval_every", "0", "--no_eval_kl"]
+    script(folder, *flags, "--shard", "fsdp", "--out", "shared", ranks=2)
+    run(*flags, "--out", "alone")
+    for a, b in zip(metrics("shared"), metrics("alone"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+    a, b = (load_file(folder / run / "model/model.safetensors") for run in ("shared", "alone"))
+    assert a.keys() == b.keys() and max((a[name] - b[name]).abs().max() for name in a) < 3e-4
+
+
+def test_advice_by_hand():
+    """The α at which the constraint equals the margin; or the rounding that outweighs it; or nothing."""
+    config = train.parse_args(["--alpha", "0.5", "--beta", "0.1"])
+    assert "4 × the reward margin: --alpha 0.1 " in train.advice(0.08, 0.02, config, 1e-6)
+    assert "a constraint of 0.02" in train.advice(0.001, 0.01, config, 0.4)
+    assert train.advice(0.01, 0.02, config, 1e-6) is None
 
 
 def test_every_method_starts_where_it_should_and_learns(folder):
@@ -305,6 +326,16 @@ def test_models_that_do_not_fit(folder):
     (folder / "adapter/adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match="this is an adapter"):
         run(*SHORT, "--model", "./adapter")
+
+
+def test_parameters_without_a_gradient_are_frozen():
+    """A vision tower that no text reaches: DDP would wait for its gradient. The rest stays trainable."""
+    policy = fpo.Policy(make_lm())
+    policy.lm.model.vision = torch.nn.Linear(2, 2)
+    train.prove(policy, make_pairs(4), train.parse_args(["--preset", "toy"]), {"layout": "shared"})
+    frozen = {name for name, p in policy.named_parameters() if not p.requires_grad}
+    assert frozen == {"lm.model.vision.weight", "lm.model.vision.bias"}
+    assert all(p.grad is None for p in policy.parameters())
 
 
 def test_a_model_saved_in_another_dtype(folder):
