@@ -48,9 +48,7 @@ class Statistics(NamedTuple):
     lengths: torch.Tensor | None = None  # (2B,) response tokens |y|
     features: tuple[torch.Tensor, ...] = ()  # per SAE (2B, m), c̄: averaged over the response's positions
     kl: torch.Tensor | None = None  # (2B,) sequential KL(ref ‖ policy), where the policy holds a reference
-    entropy: torch.Tensor | None = (
-        None  # (2B,) of the next-token distributions, summed over the response, nats
-    )
+    entropy: torch.Tensor | None = None  # (2B,) of the next-token distributions, summed as log π is, nats
     norms: tuple[torch.Tensor, ...] = ()  # per SAE (2B,), ‖h‖² averaged over the response's positions
 
 
@@ -80,10 +78,8 @@ def attention_mask(batch: Batch, config, dtype):
 
         if config._attn_implementation == "flex_attention":
             return create_block_mask(visible, R, None, L, L, device=doc.device)
-        index = torch.arange(L, device=doc.device)
-        see = visible(
-            torch.arange(R, device=doc.device)[:, None, None], 0, index[:, None], index
-        )  # (R, L, L)
+        row, index = (torch.arange(n, device=doc.device) for n in (R, L))
+        see = visible(row[:, None, None], 0, index[:, None], index)  # (R, L, L)
         scores = torch.zeros(see.shape, dtype=dtype, device=doc.device)
         return scores.masked_fill_(~see, torch.finfo(dtype).min)[:, None]
 
@@ -93,9 +89,8 @@ def attention_mask(batch: Batch, config, dtype):
     layer_types = getattr(config, "layer_types", None)
     if layer_types is None:
         return mask_of(window)
-    full = mask_of(None)
-    sliding = full if window is None else mask_of(window)
-    return {kind: full if kind == "full_attention" else sliding for kind in set(layer_types)}
+    masks = {seen: mask_of(seen) for seen in {None, window}}
+    return {kind: masks[None if kind == "full_attention" else window] for kind in set(layer_types)}
 
 
 # ---------------------------------------------------------------------------- one forward for everything
@@ -110,21 +105,20 @@ class Policy(nn.Module):
         lm: a Hugging Face decoder with `model.layers`; eager or flex_attention.
         saes: JumpReLUSAEs, or objects with their `W_enc`, `b_enc`, `threshold`, `d` and `m`, on lm's device.
         sites: (layer, site) of each.
+        fused: as scale.token_statistics takes it.
     """
 
-    def __init__(self, lm, saes=(), sites=()):
+    def __init__(self, lm, saes=(), sites=(), fused=None):
         super().__init__()
-        if lm.config._attn_implementation not in ("eager", "flex_attention"):
-            raise UserError(
-                f"attention {lm.config._attn_implementation!r}: eager or flex_attention is needed"
-            )
+        if (attention := lm.config._attn_implementation) not in ("eager", "flex_attention"):
+            raise UserError(f"attention {attention!r}: eager or flex_attention is needed")
         kinds = set(getattr(lm.config.get_text_config(), "layer_types", None) or ())
         if odd := kinds - {"full_attention", "sliding_attention"}:
             raise UserError(f"{type(lm).__name__}: layers of {odd}; only attention is understood")
         head = lm.get_output_embeddings()
         if not hasattr(lm, "model") or head is None or getattr(head, "bias", None) is not None:
             raise UserError(f"{type(lm).__name__}: a decoder with `model` and a head without bias is needed")
-        self.lm, self.saes, self.sites = lm, tuple(saes), tuple(sites)
+        self.lm, self.saes, self.sites, self.fused = lm, tuple(saes), tuple(sites), fused
         self._hooks = self._hook(lm)
         # A module in a tuple is not a part of this one: the reference is not trained, saved or wrapped.
         self.reference: tuple = ()
@@ -192,7 +186,7 @@ class Policy(nn.Module):
         states, sites = self._read(lm, self._hooks, batch)
         logps, kl, ref_logps, H = token_statistics(
             states, lm.get_output_embeddings().weight, batch.target,
-            softcap=softcap, ref_states=ref_states, ref_weight=ref_weight, entropy=entropy,
+            softcap=softcap, ref_states=ref_states, ref_weight=ref_weight, entropy=entropy, fused=self.fused,
         )  # fmt: skip
         # Sums over each response as a product: the same order every time, on any device.
         belongs = owner_matrix(batch.owner, len(batch.lengths), logps.dtype)  # (2B, N)
@@ -244,17 +238,12 @@ def audit(policy: Policy, pairs, *, k=50, **rows) -> dict:
         theirs = torch.stack([policy(one, plain=True)[0].logps for one in alone], 1).flatten()
     kind, limit = type(policy.lm).__name__, TOLERANCE[policy.lm.dtype]
     theirs = theirs if len(theirs) == len(tokens) else torch.cat([theirs, torch.zeros_like(theirs)])  # SFT
-    repeat = ((ours.logps - again.logps).abs() / tokens).max().item()
+    repeat, difference = (((ours.logps - x).abs() / tokens).max().item() for x in (again.logps, theirs))
     if not repeat <= limit / 10:
-        raise UserError(
-            f"{kind}: two runs of one batch differ by {repeat:.2g} nats a token (dropout, jitter?)"
-        )
-    difference = ((ours.logps - theirs).abs() / tokens).max().item()
+        raise UserError(f"{kind}: two runs of one batch differ by {repeat:.2g} nats a token (dropout?)")
     if not difference <= limit:
-        raise UserError(
-            f"{kind}: log π differs from the model's own forward by {difference:.2g} nats a token "
-            f"(allowed: {limit:g}): a part of this architecture is not understood"
-        )
+        what = f"log π differs from the model's own forward by {difference:.2g} nats a token"
+        raise UserError(f"{kind}: {what} (allowed: {limit:g}): a part of this model is not understood")
     window = getattr(policy.lm.config.get_text_config(), "sliding_window", None)
     tested = window if window is not None and int(sizes.max()) > window else None
     return {"difference": difference, "floor": noise_floor(policy, pairs, k=k, **rows), "window": tested}
@@ -293,46 +282,40 @@ def method_loss(
         loss (B,), and a dict of (B,) values to log: rewards; mse, kl of chosen and rejected if there; the
         constraint δ where the method has one.
     """
-    w, l = policy.logps.chunk(2)
-    n_w, n_l = policy.lengths.chunk(2)
-    if method == "sft":
-        return losses.sft_loss(w, n_w), {}
     if method not in METHODS:
         raise UserError(f"method {method!r}: one of {', '.join(METHODS)}")
-    if reference is not None:
-        ref_w, ref_l = reference.logps.chunk(2)
+    (w, l), (n_w, n_l) = policy.logps.chunk(2), policy.lengths.chunk(2)
+    if method == "sft":
+        return losses.sft_loss(w, n_w), {}
 
     # How far the policy is from the reference: what TDPO and FPO constrain, logged for all.
     values: dict[str, torch.Tensor] = {}
     if policy.kl is not None:
-        kl_w, kl_l = policy.kl.chunk(2)
+        kl_w, kl_l = far = policy.kl.chunk(2)
         values |= {"kl_chosen": kl_w, "kl_rejected": kl_l}
     if reference is not None and policy.features and reference.features:
-        D_w, D_l = feature_distance(policy.features, reference.features, k=k, units=units).chunk(2)
+        D_w, D_l = far_D = feature_distance(policy.features, reference.features, k=k, units=units).chunk(2)
         values |= {"mse_chosen": D_w, "mse_rejected": D_l}
 
+    ref = reference.logps.chunk(2) if reference is not None else ()  # log π_ref of chosen, of rejected
     if method == "simpo":
         loss = losses.simpo_loss(w, l, n_w, n_l, beta=beta, gamma=gamma)
     elif method == "simpo_kl":
         loss = losses.simpo_kl_loss(w, l, n_w, n_l, kl_w, kl_l, beta=beta, gamma=gamma, alpha=alpha)
-        values["constraint"] = alpha * beta * (kl_l - kl_w)
     elif method == "dpo":
-        loss = losses.dpo_loss(w, l, ref_w, ref_l, beta=beta)
+        loss = losses.dpo_loss(w, l, *ref, beta=beta)
     elif method == "tdpo1":
-        loss = losses.tdpo1_loss(w, l, ref_w, ref_l, kl_w, kl_l, beta=beta)
-        values["constraint"] = beta * (kl_l - kl_w)
+        loss = losses.tdpo1_loss(w, l, *ref, kl_w, kl_l, beta=beta)
     elif method == "tdpo2":
-        loss = losses.tdpo2_loss(w, l, ref_w, ref_l, kl_w, kl_l, beta=beta, alpha=alpha)
-        values["constraint"] = alpha * beta * (kl_l - kl_w)
+        loss = losses.tdpo2_loss(w, l, *ref, kl_w, kl_l, beta=beta, alpha=alpha)
     else:
-        loss = losses.fpo_loss(
-            w, l, ref_w, ref_l, n_w, n_l, D_w, D_l, beta=beta, alpha=alpha, stop_gradient=stop_gradient
-        )
-        values["constraint"] = alpha * beta * (D_l - D_w)
-    values["reward_chosen"], values["reward_rejected"] = rewards(method, policy, reference, beta=beta).chunk(
-        2
-    )
-    return loss, values
+        options = {"beta": beta, "alpha": alpha, "stop_gradient": stop_gradient}
+        loss = losses.fpo_loss(w, l, *ref, n_w, n_l, D_w, D_l, **options)
+    if method in (*NEEDED, "fpo"):  # the constraint δ of Eq. 3, 4 or 11
+        far_w, far_l = far_D if method == "fpo" else far
+        values["constraint"] = (1 if method == "tdpo1" else alpha) * beta * (far_l - far_w)
+    reward_w, reward_l = rewards(method, policy, reference, beta=beta).chunk(2)
+    return loss, values | {"reward_chosen": reward_w, "reward_rejected": reward_l}
 
 
 def feature_distance(policy_features, reference_features, *, k, units=()):
@@ -344,9 +327,7 @@ def feature_distance(policy_features, reference_features, *, k, units=()):
             same for models whose states have other lengths (ours, not the paper's). None given: D itself.
     """
     D = [losses.feature_mse(c, ref, k=k) for c, ref in zip(policy_features, reference_features, strict=True)]
-    if units:
-        D = [d / unit for d, unit in zip(D, units, strict=True)]
-    return torch.stack(D).mean(0)
+    return torch.stack([d / unit for d, unit in zip(D, units or (1,) * len(D), strict=True)]).mean(0)
 
 
 def rewards(method, policy, reference=None, *, beta):
@@ -378,28 +359,14 @@ def score_pairs(
     """
     rank, world = ranks()
     lengths = pairs.row_lengths(rows["layout"], rows.get("row_multiple", 1))
-    groups = micro_batches(range(len(pairs)), lengths, world, max_pairs=16, max_tokens=max_tokens)[
-        rank::world
-    ]
-    was_training, table = policy.training, dict[str, torch.Tensor]()
+    groups = micro_batches(range(len(pairs)), lengths, world, max_pairs=16, max_tokens=max_tokens)
+    was_training, table, mine = policy.training, dict[str, torch.Tensor](), groups[rank::world]
     policy.eval()
-    batches = stream(pairs, groups, device=policy.lm.device, lookup=lookup, **rows)
-    for batch, cached in tqdm(
-        batches, "evaluating", len(groups), disable=None if progress and rank == 0 else True, leave=False
-    ):
-        says, held = policy(batch, entropy=True)
-        reference = held or cached
-        values = {"logps": says.logps, "lengths": says.lengths, "entropy": says.entropy}
-        if says.kl is not None:
-            values["kl"] = says.kl
-        if reference is not None:
-            values["ratio"] = says.logps - reference.logps
-            if says.features and reference.features:
-                values["mse"] = feature_distance(says.features, reference.features, k=k, units=units)
-        for name, whose in (("policy", says), ("reference", reference)):
-            if top and whose is not None and whose.features:
-                c = whose.features[0]
-                values[f"activations_{name}"] = c.topk(min(top, c.shape[1])).values
+    batches = stream(pairs, mine, device=policy.lm.device, lookup=lookup, **rows)
+    shown = progress and rank == 0
+    for batch, cached in tqdm(batches, "evaluating", len(mine), disable=None if shown else True, leave=False):
+        policy_says, held = policy(batch, entropy=True)
+        values = _response_values(policy_says, held or cached, k, units, top)
         for name, value in values.items():
             weight = batch.weight.view(-1, *[1] * (value.ndim - 1))  # 0: a padding pair
             for side, half in zip(("chosen", "rejected"), value.chunk(2), strict=True):
@@ -410,6 +377,22 @@ def score_pairs(
         for name in sorted(table):
             dist.all_reduce(table[name])
     return {name: column.cpu() for name, column in table.items()}
+
+
+def _response_values(policy, reference, k, units, top):
+    """{name: (2B,) or (2B, top)} of one batch, for `score_pairs`, from Statistics (reference: or None)."""
+    values = {"logps": policy.logps, "lengths": policy.lengths, "entropy": policy.entropy}
+    if policy.kl is not None:
+        values["kl"] = policy.kl
+    if reference is not None:
+        values["ratio"] = policy.logps - reference.logps
+        if policy.features and reference.features:
+            values["mse"] = feature_distance(policy.features, reference.features, k=k, units=units)
+    for name, says in (("policy", policy), ("reference", reference)):
+        if top and says is not None and says.features:
+            c = says.features[0]
+            values[f"activations_{name}"] = c.topk(min(top, c.shape[1])).values
+    return values
 
 
 def pair_columns(table, *, method=None, beta=0.1) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

@@ -24,8 +24,7 @@ Every preference method is  L = -E log σ(u),  u = LPD - margin - constraint  (E
     k                k                                      -        Eq. 10; its value is the authors' code's
 
 B pairs (or responses), T positions, V vocabulary, m SAE width; w chosen, l rejected. Logs are natural.
-Results are per pair: the caller takes the mean E. float64 in, float64 out. Each function can be copied alone,
-with the two imports below.
+Results are per pair: the caller takes the mean E. Each function can be copied alone, with these two imports.
 """
 
 import torch

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from data import Pairs, UserError, barrier, hold, lockstep, micro_batches, ranks, stream, write_json, writing
+import data
+from data import UserError
 from fpo import Policy, Statistics
 
 SHARD = 256  # pairs to a file: what an interruption can lose
@@ -36,7 +37,7 @@ def digest(tensors: dict[str, torch.Tensor]) -> str:
     return total.hexdigest()
 
 
-def reference_identity(policy: Policy, pairs: Pairs, *, weights: str, arithmetic: dict) -> dict:
+def reference_identity(policy: Policy, pairs: data.Pairs, *, weights: str, arithmetic: dict) -> dict:
     """What the cached values depend on; learning rate, α, β, γ, k, method and folder are not part of it.
 
     Args:
@@ -56,7 +57,7 @@ def reference_identity(policy: Policy, pairs: Pairs, *, weights: str, arithmetic
 
 
 # ---------------------------------------------------------------------------- Phase 1
-def build_reference(policy: Policy, pairs: Pairs, cache_dir, identity, *, max_tokens=0, **rows):
+def build_reference(policy: Policy, pairs: data.Pairs, cache_dir, identity, *, max_tokens=0, **rows):
     """Phase 1 (Sec. 3): run π_ref once over the pairs and store what the losses need of it.
 
     Stored per pair: both sums of log-probabilities (β and the lengths are applied later), both pooled feature
@@ -70,39 +71,35 @@ def build_reference(policy: Policy, pairs: Pairs, cache_dir, identity, *, max_to
     Returns:
         ReferenceCache.
     """
-    (rank, world), device = ranks(), policy.lm.device
+    (rank, world), device = data.ranks(), policy.lm.device
     folder = Path(cache_dir) / hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    # One process at a time builds a cache; another waits here, and then finds its shards. Released on errors
-    # too.
-    with hold(folder, wait=True) if rank == 0 else contextlib.nullcontext():
+    # One process at a time builds a cache; another waits here, and then finds its shards.
+    with data.hold(folder, wait=True) if rank == 0 else contextlib.nullcontext():
         if rank == 0:
             for left in folder.glob("*.tmp"):  # of a process that died while it wrote
                 left.unlink()
-            if _manifest(folder) is None:
-                write_json(
-                    folder / "manifest.json", {"identity": identity, "pairs": len(pairs), "shard": SHARD}
-                )
-        barrier()
+            manifest = {"identity": identity, "pairs": len(pairs), "shard": SHARD}
+            data.write_json(folder / "manifest.json", manifest)
+        data.barrier()
         shards = [folder / f"shard_{s:05d}.safetensors" for s in range(-(-len(pairs) // SHARD))]
         missing = [s for s, path in enumerate(shards) if not _whole(path)]
-        barrier()  # every rank has seen the same shards before any writes
+        data.barrier()  # every rank has seen the same shards before any writes
         groups, ends = _shard_batches(pairs, missing[rank::world], max_tokens, rows)
-        groups = lockstep(groups, device)
-        quiet = rank > 0 or not groups
-        was_training, parts = policy.training, list[tuple]()
+        groups = data.lockstep(groups, device)
+        was_training, parts, waiting = policy.training, list[tuple](), list[tuple]()
         policy.eval()
-        with torch.no_grad(), tqdm(total=len(groups), desc="reference (Phase 1)", disable=quiet) as bar:
-            waiting = None  # the batch before: its results come to the host while this one computes
-            for i, (batch, _) in enumerate(stream(pairs, groups, device=device, **rows)):
-                statistics = _to_host(policy(batch)[0])
-                if waiting is not None:
-                    _collect(*waiting, parts, ends, shards)
-                waiting = (i, batch.index, statistics, bool(groups[i]))
-                bar.update()
-            if waiting is not None:
-                _collect(*waiting, parts, ends, shards)
+        batches = data.stream(pairs, groups, device=device, **rows)
+        quiet = rank > 0 or not groups
+        with torch.no_grad():
+            for i, (batch, _) in enumerate(tqdm(batches, "reference (Phase 1)", len(groups), disable=quiet)):
+                # The results of a batch come to the host while the next one computes.
+                waiting.append((i, batch.index, bool(groups[i]), *_to_host(policy(batch)[0])))
+                if len(waiting) > 1:
+                    _collect(*waiting.pop(0), parts, ends, shards)
+            for last in waiting:
+                _collect(*last, parts, ends, shards)
         policy.train(was_training)
-        barrier()
+        data.barrier()
     return ReferenceCache(folder)
 
 
@@ -112,7 +109,7 @@ def _shard_batches(pairs, shards, max_tokens, rows):
     groups, ends = [], {}
     for shard in shards:
         members = range(shard * SHARD, min(len(pairs), (shard + 1) * SHARD))
-        groups += micro_batches(members, lengths, 1, max_pairs=16, max_tokens=max_tokens)
+        groups += data.micro_batches(members, lengths, 1, max_pairs=16, max_tokens=max_tokens)
         ends[len(groups) - 1] = shard
     return groups, ends
 
@@ -122,19 +119,18 @@ def _to_host(statistics):
     tensors = [statistics.logps, *statistics.features, *statistics.norms]
     if not tensors[0].is_cuda:
         return tensors, None
-    there = [
-        torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for t in tensors
-    ]
+    pinned = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in tensors]
+    there = [host.copy_(t, non_blocking=True) for host, t in zip(pinned, tensors, strict=True)]
     event = torch.cuda.Event()
     event.record()
     return there, event
 
 
-def _collect(i, index, on_the_way, real, parts, ends, shards):
+def _collect(i, index, real, tensors, event, parts, ends, shards):
     """Keep a batch's statistics, sparse, in `parts`; write the shard that it ends."""
-    (logps, *rest), event = on_the_way
     if event is not None:
         event.synchronize()
+    logps, *rest = tensors
     features, norms = rest[: len(rest) // 2], rest[len(rest) // 2 :]
     if real:  # a padding pair is nobody's
         for b, pair in enumerate(index.tolist()):
@@ -157,42 +153,21 @@ def _write_shard(path, parts):
         tensors[f"values.{s}"] = torch.cat([values for _, values in vectors])
         tensors[f"norms.{s}"] = torch.stack([norms[s] for *_, norms in pairs])
     aside = path.with_suffix(".tmp")
-    with writing(aside):
-        save_file(tensors, aside, metadata={"cache": path.parent.name})
-        checksum, stat = _checksum(aside), aside.stat()
+    with data.writing(aside):
+        save_file(tensors, aside)
+        data.write_text(path.with_suffix(".sha256"), _checksum(aside))
         aside.replace(path)
-    note = {"sha256": checksum, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-    write_json(path.with_suffix(".json"), note)
 
 
 def _checksum(path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """sha256 of a shard's bytes and of its cache's name, so that no other cache's shard passes for it."""
+    return hashlib.sha256(path.parent.name.encode() + path.read_bytes()).hexdigest()
 
 
 def _whole(path) -> bool:
-    """True if the shard exists, belongs to this cache and is not corrupted.
-
-    The checksum is taken only if size or time are not those noted at the writing; lookups always take it.
-    """
-    try:
-        note, stat = json.loads(path.with_suffix(".json").read_text()), path.stat()
-        untouched = (note["size"], note["mtime_ns"]) == (stat.st_size, stat.st_mtime_ns)
-        if not untouched and note["sha256"] != _checksum(path):
-            return False
-        with safe_open(path, "pt") as file:
-            return file.metadata()["cache"] == path.parent.name
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
-        return False
-
-
-def _manifest(folder) -> dict | None:
-    """A cache's manifest; None where it is missing, not JSON or not of this form."""
-    try:
-        manifest = json.loads((Path(folder) / "manifest.json").read_text())
-        return manifest if {"identity", "pairs", "shard"} <= set(manifest) else None
-    except (OSError, ValueError, TypeError):
-        return None
+    """True if the shard is there, of this cache, and holds the bytes that were written."""
+    note = path.with_suffix(".sha256")
+    return path.exists() and note.exists() and note.read_text() == _checksum(path)
 
 
 # ---------------------------------------------------------------------------- Phase 2
@@ -204,7 +179,8 @@ class ReferenceCache:
     """
 
     def __init__(self, folder):
-        self.folder, manifest = Path(folder), _manifest(folder) or {}
+        self.folder = Path(folder)
+        manifest = json.loads((self.folder / "manifest.json").read_text())
         self.pairs, self.shard = manifest["pairs"], manifest["shard"]
         self.widths = [sae[2] for sae in manifest["identity"]["saes"]]  # m of each SAE
         self._open = {}  # shard -> (file, log-probabilities, per SAE where each vector starts)
@@ -225,9 +201,7 @@ class ReferenceCache:
     def _shard(self, number):
         if number not in self._open:
             path = self.folder / f"shard_{number:05d}.safetensors"
-            note = path.with_suffix(".json")
-            if not note.exists() or json.loads(note.read_text())["sha256"] != _checksum(path):
-                note.unlink(missing_ok=True)
+            if not _whole(path):
                 raise UserError(f"{path}: not the bytes that were written; start again to make it anew")
             file = safe_open(path, "pt")
             starts = []

@@ -87,9 +87,9 @@ def load_sae(source, *, layer, width="16k", site="res", average_l0=None, revisio
     `source`: a hub repo (`google/gemma-scope-2b-pt-res`; where the hub can't be read its local cache is used,
     with a warning), a local directory laid out like one, or with one such layout per site in `res`, `mlp` and
     `att`, or one .npz or .safetensors file, for which the other arguments don't matter.
-    `layer`: from 0. `width`: as the folders say it. `site`: "res", "mlp" or "att". `revision`: the repo's.
-    `average_l0`: the number of active features, as the folders say it. None takes the nearest to 100 (of two,
-    the smaller); for Gemma Scope 2, which says small, medium or big, "medium" where it exists, else "small".
+    `layer`: from 0. `site`: "res", "mlp" or "att". `revision`: the repo's.
+    `width`, `average_l0` (the number of active features): as the folders say them. None takes the narrowest,
+    and the L0 nearest to 100; for Gemma Scope 2, which says small, medium or big, "medium", else "small".
     Raises: ValueError for a site, layer, width or L0 that does not exist (it lists those that do) and for a
     file that holds no SAE; OSError for a path or repo that does not exist, is gated or can't be reached.
     """
@@ -128,10 +128,10 @@ def _choose_file(source, files, *, layer, width, site, average_l0) -> str:
     # Narrow them down to the layer, then to the width, then to the L0.
     for axis, (label, value) in enumerate({"layer": layer, "width": width, "average_l0": average_l0}.items()):
         exist = sorted({key[axis] for key in found}, key=lambda name: (len(name), name))  # 9 before 16
-        if value is None and exist[0].isdigit():
+        if value is None and (label == "width" or not exist[0].isdigit()):  # FOLDER_all has no medium
+            value = "medium" if "medium" in exist else "small" if "small" in exist else exist[0]
+        elif value is None:
             value = min(exist, key=lambda l0: abs(int(l0) - 100))
-        elif value is None:  # FOLDER_all has no medium
-            value = "medium" if "medium" in exist else "small"
         found = {key: file for key, file in found.items() if key[axis] == str(value)}
         if not found:
             raise ValueError(f"{source}: no {label} {value}; it has: {', '.join(exist)}")

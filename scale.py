@@ -37,6 +37,16 @@ SLICE = 2**22  # weights updated at once on the CPU: temporaries stay below 100 
 RULES = ("adam", "rmsprop")  # Table 5: Gemma-2-2B, Gemma-2-9B
 
 
+@functools.cache
+def compiled(function):
+    """A function of tensors of any shape as few kernels: each value is read and written once."""
+    # fullgraph: beyond torch's limit of compilations it raises, where else it would run eager in silence.
+    fused = torch.compile(function, dynamic=True, fullgraph=True)
+    # Floats are compiled in: left to be dynamic, torch 2.13 computes with those of an earlier call
+    # (github.com/pytorch/pytorch/issues/194976). What changes from step to step comes as () tensors.
+    return torch._dynamo.config.patch(specialize_float=True)(fused)
+
+
 # ---------------------------------------------------------------------------- the head
 def _product(a, b):
     """a @ b, summed and returned in float32 (float64 where given)."""
@@ -46,27 +56,47 @@ def _product(a, b):
     return a.to(wide) @ b.to(wide)
 
 
-def _logits(states, weight, softcap):
-    """(N, c) logits of a slice of the vocabulary, float32 or wider."""
-    z = _product(states, weight.T)
-    return z if softcap is None else z.div_(softcap).tanh_().mul_(softcap)
+def _fold(sums, z, x, local):
+    """Fold a slice of logits z (N, c) into the running maximum, Σ exp(z - max), Σ exp(z - max)·x and the
+    target's logit, each (N,). x: (N, c) or None; local: (N,), the target's column, in the slice or not."""
+    top, mass, inner, chosen = sums
+    higher = torch.maximum(top, z.amax(1))
+    scale, e = (top - higher).exp(), (z - higher[:, None]).exp()
+    inner = inner * scale + ((e * x).sum(1) if x is not None else 0.0)
+    at = z.gather(1, local.clamp(0, z.shape[1] - 1)[:, None])[:, 0]
+    chosen = torch.where((local >= 0) & (local < z.shape[1]), at, chosen)
+    return higher, mass * scale + e.sum(1), inner, chosen
 
 
-def _softmax(states, weight, softcap, logsumexp):
-    """(N, c) probabilities of a slice, and d logits / d (states @ weight.T) (None: 1)."""
-    z = _product(states, weight.T)
+def read_slice(z, z_ref, local, sums, ref_sums, softcap, entropy):
+    """`_fold` of a slice's products z after the softcap, and of the reference's z_ref, if there is one."""
+    capped = [x if x is None or softcap is None else (x / softcap).tanh_().mul_(softcap) for x in (z, z_ref)]
+    z, z_ref = capped
+    if z_ref is not None:  # KL(ref ‖ policy) needs the mean of z_ref - z under the reference
+        ref_sums = _fold(ref_sums, z_ref, z_ref - z, local)
+    return _fold(sums, z, z if entropy else None, local), ref_sums
+
+
+def _softmax(z, softcap, logsumexp):
+    """(N, c) probabilities of a slice's products z, and d logits / dz (None: 1)."""
     if softcap is None:
-        return z.sub_(logsumexp[:, None]).exp_(), None
-    t = z.div_(softcap).tanh_()
+        return (z - logsumexp[:, None]).exp_(), None
+    t = (z / softcap).tanh_()
     p = torch.add(-logsumexp[:, None], t, alpha=softcap).exp_()
     return p, t.square_().neg_().add_(1)  # d softcap·tanh(z / softcap) / dz = 1 - tanh²
 
 
-def _online(top, mass, inner, z, x):
-    """Fold a slice into the running maximum, Σ exp(z - top) and Σ exp(z - top)·x, each (N,)."""
-    higher = torch.maximum(top, z.amax(1))
-    scale, e = (top - higher).exp(), (z - higher[:, None]).exp()
-    return higher, mass * scale + e.sum(1), inner * scale + ((e * x).sum(1) if x is not None else 0.0)
+def gradient_slice(z, z_ref, local, logsumexp, ref_logsumexp, g_logp, g_kl, softcap, dtype):
+    """d loss / dz (N, c) of a slice's products z, from those of log π(token) and of the KL, each (N,)."""
+    p, slope = _softmax(z, softcap, logsumexp)
+    if z_ref is None:  # d log p(y) / d logits = 1[y] - p
+        g = p.mul_(-g_logp[:, None])
+    else:  # d KL(ref ‖ p) / d logits = p - p_ref
+        p_ref, _ = _softmax(z_ref, softcap, ref_logsumexp)
+        g = p.mul_((g_kl - g_logp)[:, None]).sub_(p_ref.mul_(g_kl[:, None]))
+    here = (local >= 0) & (local < z.shape[1])
+    g.scatter_add_(1, local.clamp(0, z.shape[1] - 1)[:, None], torch.where(here, g_logp, 0.0)[:, None])
+    return (g if slope is None else g.mul_(slope)).to(dtype)
 
 
 class _TokenStatistics(torch.autograd.Function):
@@ -74,28 +104,20 @@ class _TokenStatistics(torch.autograd.Function):
     weight's gradient is written once. Beyond the gradients, memory is a few (N, slice) blocks."""
 
     @staticmethod
-    def forward(ctx, states, weight, targets, softcap, ref_states, ref_weight, chunk, entropy):
-        rows = torch.arange(len(states), device=states.device)
+    def forward(ctx, states, weight, targets, softcap, ref_states, ref_weight, chunk, entropy, fused):
         wide = torch.promote_types(torch.float32, states.dtype)
         zero = torch.zeros(len(states), dtype=wide, device=states.device)  # (N,)
-        # Running maximum, Σ exp(z - max), and Σ exp(z - max)·x, of the policy and of the reference.
-        top, mass, inner = zero - torch.inf, zero, zero
-        ref_top, ref_mass, ref_inner = top, zero, zero
-        chosen = ref_chosen = zero  # the target's logit
+        sums, ref_sums = ((zero - torch.inf, zero + 0, zero + 0, zero + 0) for _ in range(2))  # see `_fold`
+        fold = compiled(read_slice) if fused else read_slice
         for v in range(0, len(weight), chunk):
-            z = _logits(states, weight[v : v + chunk], softcap)  # (N, chunk)
-            here = (targets >= v) & (targets < v + z.shape[1])  # is the target in this slice?
-            place = (rows, (targets - v).clamp(0, z.shape[1] - 1))
-            chosen = torch.where(here, z[place], chosen)
-            if ref_states is not None:  # KL(ref ‖ policy) needs the mean of z_ref - z under the reference
-                z_ref = _logits(ref_states, ref_weight[v : v + chunk], softcap)
-                ref_chosen = torch.where(here, z_ref[place], ref_chosen)
-                ref_top, ref_mass, ref_inner = _online(ref_top, ref_mass, ref_inner, z_ref, z_ref - z)
-            top, mass, inner = _online(top, mass, inner, z, z if entropy else None)
+            z = _product(states, weight[v : v + chunk].T)  # (N, chunk)
+            z_ref = None if ref_states is None else _product(ref_states, ref_weight[v : v + chunk].T)
+            sums, ref_sums = fold(z, z_ref, targets - v, sums, ref_sums, softcap, entropy)
+        (top, mass, inner, chosen), (ref_top, ref_mass, ref_inner, ref_chosen) = sums, ref_sums
         logsumexp = top + mass.log()  # (N,), all that the backward needs to know of the softmax
         ref_logsumexp = ref_top + ref_mass.log()
         ctx.save_for_backward(states, weight, targets, ref_states, ref_weight, logsumexp, ref_logsumexp)
-        ctx.softcap, ctx.chunk = softcap, chunk
+        ctx.softcap, ctx.chunk, ctx.fused = softcap, chunk, fused
         kl = ref_logps = H = None
         if ref_states is not None:
             kl, ref_logps = ref_inner / ref_mass - ref_logsumexp + logsumexp, ref_chosen - ref_logsumexp
@@ -108,31 +130,25 @@ class _TokenStatistics(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g_logp, g_kl, *_):
         states, weight, targets, ref_states, ref_weight, logsumexp, ref_logsumexp = ctx.saved_tensors
-        rows = torch.arange(len(states), device=states.device)
         d_states = torch.zeros_like(states, dtype=logsumexp.dtype)  # a sum over all slices: float32
         d_weight = torch.empty_like(weight)
+        gradient = compiled(gradient_slice) if ctx.fused else gradient_slice
+        settings = logsumexp, ref_logsumexp, g_logp, g_kl, ctx.softcap, states.dtype
         for v in range(0, len(weight), ctx.chunk):
             W = weight[v : v + ctx.chunk]
-            p, slope = _softmax(states, W, ctx.softcap, logsumexp)  # (N, chunk)
-            if ref_states is None:  # d log p(y) / dz = 1[y] - p
-                g = p.mul_(-g_logp[:, None])
-            else:  # d KL(ref ‖ p) / dz = p - p_ref
-                p_ref, _ = _softmax(ref_states, ref_weight[v : v + ctx.chunk], ctx.softcap, ref_logsumexp)
-                g = p.mul_((g_kl - g_logp)[:, None]).sub_(p_ref.mul_(g_kl[:, None]))
-            here = (targets >= v) & (targets < v + g.shape[1])
-            g[rows, (targets - v).clamp(0, g.shape[1] - 1)] += torch.where(here, g_logp, 0.0)
-            g = (g if slope is None else g.mul_(slope)).to(states.dtype)  # d loss / d (states @ W.T)
+            z_ref = None if ref_states is None else _product(ref_states, ref_weight[v : v + ctx.chunk].T)
+            g = gradient(_product(states, W.T), z_ref, targets - v, *settings)  # d loss / d (states @ W.T)
             if g.dtype == d_states.dtype:  # in place, where nothing needs a wider sum
                 d_states.addmm_(g, W)
                 torch.mm(g.T, states, out=d_weight[v : v + ctx.chunk])
             else:
                 d_states += _product(g, W)
                 d_weight[v : v + ctx.chunk] = _product(g.T, states)
-        return d_states.to(states.dtype), d_weight, *(None,) * 6
+        return d_states.to(states.dtype), d_weight, *(None,) * 7
 
 
 def token_statistics(
-    states, weight, targets, *, softcap=None, ref_states=None, ref_weight=None, entropy=False
+    states, weight, targets, *, softcap=None, ref_states=None, ref_weight=None, entropy=False, fused=None
 ):
     """Log-probabilities of N tokens, and the KL and entropy of their distributions, without (N, V) logits.
 
@@ -143,10 +159,15 @@ def token_statistics(
         softcap: logits are softcap·tanh(logits / softcap); None: as they are.
         ref_states, ref_weight: (N, d), (V, d) of the reference, for the KL of TDPO (Eq. 3).
         entropy: also the entropy of each distribution, without gradient.
+        fused: compile what is done to a slice of logits into one kernel; None: on CUDA.
     Returns: log π(token), KL(ref ‖ policy), log π_ref(token) and entropy, nats, each (N,) float32 or None.
     """
-    chunk = VOCABULARY_SLICE["cuda" if states.is_cuda else "cpu"]
-    return _TokenStatistics.apply(states, weight, targets, softcap, ref_states, ref_weight, chunk, entropy)
+    chunk, fused = (
+        VOCABULARY_SLICE["cuda" if states.is_cuda else "cpu"],
+        fused or (fused is None and states.is_cuda),
+    )
+    options = chunk, entropy, fused
+    return _TokenStatistics.apply(states, weight, targets, softcap, ref_states, ref_weight, *options)
 
 
 # ---------------------------------------------------------------------------- the SAE's features
@@ -248,16 +269,6 @@ def update_(rule, weight, g, rest=None, **averages_and_numbers):
             half.copy_(new)
 
 
-@functools.cache
-def fused_update():
-    """`update_` as one kernel, for any number of weights: each value is read and written once."""
-    # fullgraph: beyond torch's limit of compilations it raises, where else it would run eager in silence.
-    fused = torch.compile(update_, dynamic=True, fullgraph=True)
-    # Floats are compiled in: left to be dynamic, torch 2.13 computes with those of an earlier call
-    # (github.com/pytorch/pytorch/issues/194976). What changes from step to step comes as () tensors.
-    return torch._dynamo.config.patch(specialize_float=True)(fused)
-
-
 class ExactOptimizer(torch.optim.Optimizer):
     """Adam (2B) or RMSprop (9B), Table 5, with the updates of float32 weights for bf16 weights too.
 
@@ -317,24 +328,19 @@ class ExactOptimizer(torch.optim.Optimizer):
             rule, fixed = rmsprop_, {"alpha": group["alpha"], "eps": group["eps"]}
         tensors = {"weight": parameter, "g": parameter.grad} | state
         flat = {name: _local(x).detach().view(-1) for name, x in tensors.items() if name != "step"}
-        if parameter.is_cuda if self.fused is None else self.fused:  # filled there: a copy would wait
+        if self.fused or (self.fused is None and parameter.is_cuda):  # filled there: a copy would wait
             changing = {name: torch.full((), x, device=parameter.device) for name, x in changing.items()}
-            return fused_update()(rule, **flat, **changing, **fixed)
+            return compiled(update_)(rule, **flat, **changing, **fixed)
         for i in range(0, flat["g"].numel(), SLICE):
             update_(rule, **{name: x[i : i + SLICE] for name, x in flat.items()}, **changing, **fixed)
 
     def load_state_dict(self, state_dict):
-        """Copy states in, bit for bit: torch's own would cast them. ValueError where they don't fit."""
+        """Copy states in, bit for bit: torch's own would cast them to the weights' dtype."""
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})  # lr and the rest
-        for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            for parameter, number in zip(group["params"], saved_group["params"], strict=True):
-                if (saved := state_dict["state"].get(number)) is None:
-                    continue  # it never had a gradient
-                state = self.new_state(parameter, group["rule"])
-                found, needed = ({k: (*t.shape, t.dtype) for k, t in s.items()} for s in (saved, state))
-                if found != needed:
-                    raise ValueError(f"states of parameter {number}: {found}; needed: {needed}")
-                self.state[parameter] = {name: tensor.copy_(saved[name]) for name, tensor in state.items()}
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for number, saved in state_dict["state"].items():
+            own = self.new_state(parameters[number], self.param_groups[0]["rule"])
+            self.state[parameters[number]] = {name: own[name].copy_(saved[name]) for name in own}
 
 
 def make_optimizer(rule, parameters, lr, *, shard, betas=(0.9, 0.999), fused=None):

@@ -67,7 +67,7 @@ class Config:
     # the sparse autoencoder
     sae: str | None = flag("google/gemma-scope-2b-pt-res", "Gemma Scope's repo or layout, or one file")
     sae_layer: list[int] = flag([25], "from 0; the last is best (Table 3); several: mean D_FPO (Table 7)")
-    sae_width: str = flag("16k", "number of features (Table 5: 16k)")
+    sae_width: str = flag("16k", "number of features (Table 5: 16k); auto: the narrowest there is")
     sae_site: Literal["res", "mlp", "att"] = flag("res", "residual stream, MLP (Table 3) or attention")
     sae_l0: list[str] = flag(["55"], "average L0, for all layers or each (experiments); auto: nearest to 100")
     k: int = flag(50, "k of Eq. 10 (experiments)")
@@ -152,13 +152,12 @@ PRESETS: dict[str, dict] = {
     },
 }
 # For models that the paper does not try: D_FPO without unit, and the α of a sweep (docs/results.md).
-UNITLESS = {"feature_scale": "rms", "fpo_alpha": 1e4, "sae_l0": ["auto"], "warmup_steps": 0}
-UNITLESS["warmup_ratio"] = 0.1
+UNITLESS = {"feature_scale": "rms", "alpha": 1e4, "sae_l0": ["auto"], "warmup_steps": 0, "warmup_ratio": 0.1}
 PRESETS["gemma-3-270m"] = {"base": "google/gemma-3-270m", "sae": "google/gemma-scope-2-270m-pt", **UNITLESS}
 PRESETS["gemma-3-270m"]["sae_layer"] = [17]
 PRESETS["gemma-3-1b"] = {"base": "google/gemma-3-1b-pt", "sae": "google/gemma-scope-2-1b-pt", **UNITLESS}
 # Any other model: its data and its SAE must be given; the SAE is read at the last layer.
-PRESETS["own"] = {"sae": None, "sae_layer": [], **UNITLESS}
+PRESETS["own"] = {"sae": None, "sae_layer": [], "sae_width": "auto", **UNITLESS}
 # Settings that a resumed run may change: they do not change what is learned.
 FREE = {"resume", "save_every", "out", "cache_dir", "eval_every", "eval_kl", "report_to"}
 AT_LEAST_1 = {"batch_size", "epochs", "steps", "k", "max_length", "max_prompt_length"}  # others at least 0
@@ -177,9 +176,8 @@ def parse_args(argv=None) -> Config:
     if preset not in PRESETS:
         refuse(f"--preset {preset}: one of {', '.join(PRESETS)}")
     paper = PAPER_DATA["sft" if first.method == "sft" else "others"] if preset.startswith("gemma") else {}
-    values = {name: value for name, value in PRESETS[preset].items() if name not in ("base", "fpo_alpha")}
-    if first.method == "fpo" and "fpo_alpha" in PRESETS[preset]:
-        values["alpha"] = PRESETS[preset]["fpo_alpha"]
+    left_out = {"base"} if first.method == "fpo" else {"base", "alpha"}  # a preset's α is FPO's
+    values = {name: value for name, value in PRESETS[preset].items() if name not in left_out}
     parser.set_defaults(**{"preset": preset, **paper, **TABLE_5[first.method], **values})
     parser.add_argument("-h", "--help", action="help", help="show this and end")  # now with those defaults
     config, unknown = parser.parse_args_into_dataclasses(
@@ -200,14 +198,12 @@ def refuse(message):
 def fill_in(config):
     """What follows from other settings: where training starts, the reference, folders, L0s as numbers."""
     name = config.preset
-    if (
-        name != "own" and config.model is None
-    ):  # the SFT model of the preset where there is one, else its base
+    if config.model is None:  # the SFT model of the preset where there is one, else its base
+        if name == "own":
+            refuse("--preset own: --model is needed")
         tuned = "runs/toy/model" if name == "toy" else f"runs/{name}/sft/model"
         start_tuned = config.method != "sft" and (name == "toy" or Path(tuned).is_dir())
         config.model = tuned if start_tuned else PRESETS[name]["base"]
-    if config.model is None:
-        refuse("--preset own: --model is needed")
     if name == "own":  # outputs are named after the model
         name = next((p for p in reversed(Path(config.model).parts) if p not in ("model", "sft")), "own")
     config.reference = config.reference or config.model
@@ -297,7 +293,8 @@ def load_saes(config, device):
     l0s = config.sae_l0 * len(layers) if len(config.sae_l0) == 1 else config.sae_l0
     if len(l0s) != len(layers):
         refuse(f"--sae_l0 {l0s}: one value is needed, or one for each of --sae_layer {layers}")
-    saes, options = [], {"width": config.sae_width, "site": config.sae_site}
+    width = None if config.sae_width == "auto" else config.sae_width
+    saes, options = [], {"width": width, "site": config.sae_site}
     for layer, l0 in zip(layers, l0s, strict=True):
         try:
             sae = load_sae(config.sae, layer=layer, average_l0=None if l0 == "auto" else l0, **options)
@@ -327,11 +324,8 @@ def load_data(flag_name, config, tokenizer):
     if (most := pairs.largest_token()) >= size:
         refuse(f"{source}: token id {most} of a vocabulary of {size}: the tokenizer is another model's")
     if data.ranks()[0] == 0:
-        print(
-            f"{flag_name}: {len(pairs)} pairs",
-            *(f"{n} × {what}" for what, n in pairs.notes.items()),
-            sep="; ",
-        )
+        notes = [f"{n} × {what}" for what, n in pairs.notes.items()]
+        print(f"{flag_name}: {len(pairs)} pairs", *notes, sep="; ")
     return pairs
 
 
@@ -352,10 +346,10 @@ def load_policy(name, config, device, saes, sites):
     """A Policy as training runs it, and the digest of its weights."""
     fsdp, dtype = config.shard == "fsdp", torch_dtype(config, device)
     lm = load_lm(name, device, dtype=torch.float32 if fsdp else dtype, move=not fsdp)
-    digest = weights_digest(lm)
+    digest = offline.digest(lm.state_dict())
     if config.activation_checkpointing:
         lm.activation_checkpointing_enable({"use_reentrant": False})
-    policy = fpo.Policy(lm, saes, sites)
+    policy = fpo.Policy(lm, saes, sites, fused=None if config.compile else False)
     compile_layers(lm, config, device, sites)  # after the hooks
     if fsdp:
         scale.shard_policy(policy, dtype=dtype, device=device)
@@ -366,21 +360,13 @@ def hold_reference(policy, config, device, hashed=False):
     """Load the frozen reference and keep it beside the policy. Returns its digest, if `hashed`."""
     fsdp, dtype = config.shard == "fsdp", torch_dtype(config, device)
     lm = load_lm(config.reference, device, dtype=dtype, move=not fsdp)
-    digest = weights_digest(lm) if hashed else None
+    digest = offline.digest(lm.state_dict()) if hashed else None
     policy.hold_reference(lm)
     compile_layers(lm, config, device, policy.sites)  # as the policy's, or both would round differently
     if fsdp:
         scale.shard_layers(lm, dtype=dtype, device=device)
         lm.to(device)  # what is not in a layer: the embedding, the final norm
     return digest
-
-
-def weights_digest(lm):
-    """`offline.digest` of a model's weights; rank 0 computes it for all."""
-    digest = [offline.digest(lm.state_dict()) if data.ranks()[0] == 0 else None]
-    if dist.is_initialized():
-        dist.broadcast_object_list(digest)
-    return digest[0]
 
 
 def compile_layers(lm, config, device, sites):
@@ -417,12 +403,10 @@ def prove(policy, pairs, config, rows) -> dict:
             parameter.requires_grad_(parameter.grad is not None)
             parameter.grad = None
     if data.ranks()[0] == 0:
-        print(
-            f"audit passed: {found['difference']:.1g} nats a token from the model's own forward",
-            f"window of {found['window']} tested" if found["window"] else "no pair is longer than a window",
-            *([f"rounding alone makes D_FPO {found['floor']:.1g}"] if policy.saes else []),
-            sep="; ",
-        )
+        says = [f"audit passed: {found['difference']:.1g} nats a token from the model's own forward"]
+        says += [f"window of {found['window']} tested" if found["window"] else "no pair outgrows a window"]
+        says += [f"rounding alone makes D_FPO {found['floor']:.1g}"] if policy.saes else []
+        print("; ".join(says))
     return found
 
 
@@ -461,26 +445,22 @@ def step_sums(batch, loss, values, statistics) -> dict[str, torch.Tensor]:
         logged["reward_margin"] = values["reward_chosen"] - values["reward_rejected"]
         logged["reward_accuracy"] = (logged["reward_margin"] > 0).float()
     if "constraint" in values:  # what it weighs in u = LPD - margin - constraint
-        logged |= {
-            "constraint_size": values["constraint"].abs(),
-            "margin_size": logged["reward_margin"].abs(),
-        }
+        logged["constraint_size"] = values["constraint"].abs()
+        logged["margin_size"] = logged["reward_margin"].abs()
     return {name: (value.detach() * batch.weight).sum() for name, value in logged.items()}
 
 
-def advice(constraint, margin, config, floor) -> str | None:
-    """One line if the constraint, or rounding alone, outweighs the reward margin in u (Eq. 8); else None.
+def advice(line, config, floor) -> str | None:
+    """One sentence if the constraint, or rounding alone, outweighs the reward margin in u (Eq. 8); else None.
 
-    constraint, margin: means of |δ| and of |reward of chosen − reward of rejected| over the step's pairs.
+    line: a step's metrics; floor: D_FPO that rounding makes. Both sizes are means over the step's pairs.
     """
-    times = constraint / max(margin, 1e-30)
-    noise = (config.alpha or 1) * config.beta * (floor or 0.0)
+    margin, noise = line["margin_size"], (config.alpha or 1) * config.beta * (floor or 0.0)
+    times = line["constraint_size"] / max(margin, 1e-30)
     if config.method == "fpo" and noise > margin:
         return f"rounding alone makes a constraint of {noise:.1g}, above the margin: try --dtype float32"
-    if times > 1 and config.alpha:
-        better = f"--alpha {config.alpha / times:.1g}"
-        return f"the constraint is {times:.2g} × the reward margin: {better} would balance them"
-    return None
+    better = f"--alpha {config.alpha / times:.1g}" if config.alpha and times > 1 else None
+    return better and f"the constraint is {times:.2g} × the reward margin: {better} would balance them"
 
 
 def peak_memory_gb(device) -> float:
@@ -548,8 +528,7 @@ def read_meta(config, stands_on=None) -> dict:
     path = saved_states(config.out)[-1] / "state.json"
     try:
         meta = json.loads(path.read_text())
-        settings, before, ranks = dict(meta["settings"]), dict(meta["stands_on"]), meta["ranks"]
-        _ = meta["before"], meta["step"]
+        settings, before, ranks = meta["settings"], meta["stands_on"], meta["ranks"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--resume: {path} is not what a run writes: {error!r}") from None
     now = json.loads(json.dumps(asdict(config))).items()
@@ -591,9 +570,10 @@ class StopSignal:
 
     def __init__(self):
         self.came = False
-        self.before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGTERM, signal.SIGINT)}
 
-    def _note(self, number, frame):
+    def note(self, number, frame):
+        """A handler: the loop reads `came`."""
         self.came = True
         self.restore()
 
@@ -604,17 +584,16 @@ class StopSignal:
 
 
 def start_tracker(config, start: int):
-    """A TensorBoard writer for rank 0, which wandb copies if it is asked for; None without --report_to.
+    """Rank 0's TensorBoard writer, which wandb copies if asked for; None without --report_to.
 
-    start: steps done before. On resume TensorBoard drops later points, and wandb ignores them.
+    start: steps done before; TensorBoard drops the points that an interrupted run wrote after it.
     """
     if config.report_to == "none" or data.ranks()[0]:
         return None
     if config.report_to == "wandb":
         import wandb
 
-        settings = {name: value for name, value in asdict(config).items() if name not in FREE}
-        key = hashlib.sha256(f"{Path(config.out).absolute()} {settings}".encode()).hexdigest()[:16]
+        key = hashlib.sha256(str(Path(config.out).absolute()).encode()).hexdigest()[:16]
         wandb.init(name=config.out, id=key, resume="allow", config=asdict(config), sync_tensorboard=True)
     from torch.utils.tensorboard import SummaryWriter
 
@@ -768,7 +747,7 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
     bar = tqdm(total=len(plan), initial=start, desc=config.method, unit=" steps", disable=rank > 0)
     metrics_file = open(out / "metrics.jsonl" if rank == 0 else os.devnull, "a")  # noqa: SIM115
     writer, stop, stopping = start_tracker(config, start), StopSignal(), 0.0
-    started, advised = time.perf_counter(), None
+    started = time.perf_counter()
     for step, groups in enumerate(mine, start):
         # ---- learning rate
         lr = learning_rate(step, len(plan), config)
@@ -817,15 +796,10 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
         line |= {"pairs_per_s": n_pairs / seconds, "tokens_per_s": total_tokens / seconds}
         line |= {"peak_memory_gb": peak_memory_gb(device)}
         if "constraint_size" in line:  # what the constraint weighs in u beside the reward margin
-            weights = line.pop("constraint_size"), line.pop("margin_size")
-            line["constraint_share"] = weights[0] / max(sum(weights), 1e-30)
-            if (
-                not advised
-                and step >= 9
-                and (advised := advice(*weights, config, found["floor"]))
-                and rank == 0
-            ):
-                tqdm.write(f"step {step + 1}: {advised}")
+            sizes = line["constraint_size"], line["margin_size"]
+            line["constraint_share"] = sizes[0] / max(sum(sizes), 1e-30)
+            if step == 9 and rank == 0 and (text := advice(line, config, found["floor"])):
+                tqdm.write(f"step 10: {text}")
         ends = stopping or step + 1 == len(plan)
         if config.eval_every and (step + 1) % config.eval_every == 0 and not ends:
             line |= {f"eval_{name}": value for name, value in scores().items()}

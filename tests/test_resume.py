@@ -392,9 +392,9 @@ FAULTS = {
     "cut": lambda path: path.write_bytes(path.read_bytes()[:-7]),
     "flipped": flip,
     "missing": lambda path: path.unlink(),
-    "no note": lambda path: path.with_suffix(".json").unlink(),
+    "no note": lambda path: path.with_suffix(".sha256").unlink(),
     "pickle": lambda path: path.write_bytes(pickle.dumps(Evil())),
-    "another cache's": lambda path: save_file({"logps": torch.zeros(4, 2)}, path, metadata={"cache": "0"}),
+    "another cache's": lambda path: save_file({"logps": torch.zeros(4, 2)}, path),
     "manifest": lambda path: (path.parent / "manifest.json").write_text('{"pairs": 3}'),
 }
 

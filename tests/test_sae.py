@@ -121,6 +121,7 @@ def repo(tmp_path):
         ({"layer": 25}, scope(25, "16k", 116)),  # 116 is nearer to 100 than 55
         ({"layer": 25, "average_l0": 55}, scope(25, "16k", 55)),
         ({"layer": 25, "width": "65k"}, scope(25, "65k", 93)),
+        ({"layer": 25, "width": None}, scope(25, "16k", 116)),  # the narrowest
         ({"layer": 7}, scope(7, "16k", 90)),  # 90 and 110 are as near: the smaller
         ({"layer": 10, "site": "mlp"}, scope(10, "16k", 77)),  # a repo holds one site, and does not say which
         ({"layer": 26}, "no layer 26; it has: 7, 10, 25"),

@@ -87,9 +87,12 @@ def test_fsdp_trains_what_one_process_trains(folder, method):
 def test_advice_by_hand():
     """The α at which the constraint equals the margin; or the rounding that outweighs it; or nothing."""
     config = train.parse_args(["--alpha", "0.5", "--beta", "0.1"])
-    assert "4 × the reward margin: --alpha 0.1 " in train.advice(0.08, 0.02, config, 1e-6)
-    assert "a constraint of 0.02" in train.advice(0.001, 0.01, config, 0.4)
-    assert train.advice(0.01, 0.02, config, 1e-6) is None
+    for constraint, margin, floor, says in (
+        (0.08, 0.02, 1e-6, "4 × the reward margin: --alpha 0.1 "), (0.001, 0.01, 0.4, "a constraint of 0.02"),
+    ):  # fmt: skip
+        line = {"constraint_size": constraint, "margin_size": margin}
+        assert says in train.advice(line, config, floor)
+    assert train.advice({"constraint_size": 0.01, "margin_size": 0.02}, config, 1e-6) is None
 
 
 def test_every_method_starts_where_it_should_and_learns(folder):
