@@ -25,8 +25,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 import data
 import toy
@@ -122,11 +124,8 @@ def make_run(args, method: str, flags: str, seed: int) -> dict:
 
 
 def read_json(path) -> dict:
-    """What a JSON file holds; {} where there is no whole one."""
-    try:
-        return json.loads(Path(path).read_text())
-    except (OSError, json.JSONDecodeError):
-        return {}
+    """What a JSON file holds; {} where there is none."""
+    return json.loads(Path(path).read_text()) if Path(path).exists() else {}
 
 
 def do_run(run: dict):
@@ -213,20 +212,17 @@ def draw(panels):
     panels: (title, label of x, label of y, {method: (x, y of each seed)}). A line is the mean over seeds,
     shaded by the sample's deviation. Returns the figure, at most 900 pixels wide.
     """
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(min(9.4, 1 + 4 * len(panels)), 3.4), layout="constrained")
     figure.patch.set_alpha(0)
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for ax, (title, xlabel, ylabel, lines) in zip(axes, panels, strict=True):
         for name, (x, seeds) in lines.items():
             label, colour, _ = LABELS[name]
-            mean = np.mean(seeds, 0)
-            ax.plot(x, mean, color=colour, label=label)
+            y = np.mean(seeds, 0)
+            ax.plot(x, y, color=colour, label=label)
             if len(seeds) > 1:
-                deviation = np.std(seeds, 0, ddof=1)
-                ends = mean - deviation, mean + deviation
-                ax.fill_between(x, *ends, color=colour, alpha=0.2, linewidth=0)
+                d = np.std(seeds, 0, ddof=1)
+                ax.fill_between(x, y - d, y + d, color=colour, alpha=0.2, linewidth=0)
         for text, write in ((title, ax.set_title), (xlabel, ax.set_xlabel), (ylabel, ax.set_ylabel)):
             write(text, color=GREY, fontsize=11)
         ax.patch.set_alpha(0)
@@ -274,8 +270,6 @@ def draw_features(rows):
 
 def publish(args, rows, tables: dict, figures: dict):
     """Write rows into results.json, the tables as TASK.md, the figures as SVG; print the tables."""
-    import matplotlib
-
     assets, text = Path(args.assets), "\n".join(f"**{title}**\n\n{body}" for title, body in tables.items())
     assets.mkdir(parents=True, exist_ok=True)
     how = data.made_by() | {"runs": len(rows), "runs_done_now": args.done}
@@ -368,23 +362,21 @@ def ablation(args):
 
 
 # ---------------------------------------------------------------------------- the frontier
-def accuracy_within(curve: list[dict], key: str, level: float) -> float:
-    """A run's best held-out accuracy at a distance of at most `level`: at or between its evaluations."""
-    found = [point["accuracy"] for point in curve if point[key] <= level]
-    for before, after in itertools.pairwise(curve):
-        if before[key] <= level < after[key]:
-            ends = ([point[name] for point in (before, after)] for name in (key, "accuracy"))
-            found.append(np.interp(level, *ends))
-    return max(found)
-
-
 def best_within(rows, names, key: str, level: float) -> float:
-    """The same of a method's best setting (`names`: those of its runs), by the mean over seeds."""
-    found = []
-    for name in names:
-        curves = [row["curve"] for row in rows if row["name"] == name]
-        found.append(statistics.mean(accuracy_within(curve, key, level) for curve in curves))
-    return max(found)
+    """A method's best held-out accuracy at a distance of at most `level`: that of its best setting.
+
+    names: of its runs, a setting each. Of a run the best counts, at or between its evaluations; of a setting
+    the mean over seeds.
+    """
+    best = {name: [] for name in names}
+    for row in (row for row in rows if row["name"] in best):
+        found = [point["accuracy"] for point in row["curve"] if point[key] <= level]
+        for before, after in itertools.pairwise(row["curve"]):
+            if before[key] <= level < after[key]:
+                ends = ([point[name] for point in (before, after)] for name in (key, "accuracy"))
+                found.append(np.interp(level, *ends))
+        best[row["name"]].append(max(found))
+    return max(map(statistics.mean, best.values()))
 
 
 def compare(rows, settings: dict, key: str) -> tuple[str, dict]:
@@ -397,14 +389,15 @@ def compare(rows, settings: dict, key: str) -> tuple[str, dict]:
         reach[method] = max(point[key] for row in rows if row["name"] in names for point in row["curve"])
     most = min(reach.values())
     levels = [float(f"{share * most:.2g}") for share in (0.03, 0.1, 0.3, 1.0)]
-    columns, best, lines, curves = [f"accuracy_within_{level:g}" for level in levels], [], [], {}
+    best, lines, curves = [], [], {}
     for method, names in settings.items():
-        found = [best_within(rows, names, key, level) for level in levels]
-        best.append({"name": method, "scores": dict(zip(columns, found, strict=True))})
-        lines.append((-found[-1], (f"{LABELS[method][0]} ({len(names)} settings)", method, "", ())))
+        found = {f"accuracy_within_{level:g}": best_within(rows, names, key, level) for level in levels}
+        best.append({"name": method, "scores": found})
+        lines.append((f"{LABELS[method][0]} ({len(names)} settings)", method, "", ()))
         grid = [most / 50 * (50 * reach[method] / most) ** (i / 40) for i in range(41)]
         curves[method] = grid, [[best_within(rows, names, key, level) for level in grid]]
-    return table(best, [line for _, line in sorted(lines, key=lambda line: line[0])], columns), curves
+    lines.sort(key=lambda line: -values_of(best, line[1], list(found)[-1])[0])
+    return table(best, lines, found), curves
 
 
 def frontier(args):
