@@ -1,7 +1,6 @@
 """Runs, tables, figures and the frontier on hand-made rows; the losses and measures of the experiments."""
 
 import json
-import math
 import shlex
 from types import SimpleNamespace
 
@@ -14,7 +13,7 @@ import eval_diversity
 import fpo
 import train
 from experiments import ablations, control, reproduce
-from fpo import Policy, Statistics
+from fpo import Statistics
 from sae import JumpReLUSAE
 from scale import pooled_features
 
@@ -28,24 +27,20 @@ def args(tmp_path, *words, task="comparison"):
 
 
 # ---------------------------------------------------------------------------- numbers
-def test_cells_and_heads_of_columns():
-    assert reproduce.cell([0.5, 0.7], "accuracy") == "60 ± 14"  # n − 1: 100 · 0.1 · √2
-    assert reproduce.cell([2.0, 4.0, 9.0], "entropy") == "5 ± 3.6"  # √((9 + 1 + 16) / 2)
-    assert (
-        reproduce.cell([12.3456], "kl_rejected") == "12.35"
-        and reproduce.cell([2e-6], "mse_chosen") == "2e-06"
+def test_table_of_means_deviations_shares_and_the_papers_values():
+    scores = [{"accuracy": 0.8, "entropy": 2.0, "share_polite": 0.5}, {"accuracy": 0.82, "entropy": 4.0}]
+    rows = [make_row("fpo", seed, **here) for seed, here in enumerate([*scores, {"entropy": 9.0}])]
+    rows.append(make_row("dpo", mse_chosen=2e-6, accuracy=0.123456))
+    lines = [reproduce.LINES[name] for name in ("fpo", "dpo", "sft")]
+    columns = ("accuracy", "paper_accuracy", "entropy", "share_polite", "mse_chosen", "paper_seconds")
+    head, _, ours, dpo, sft = reproduce.table(rows, lines, columns).splitlines()
+    assert head == (
+        "|  | accuracy (%) | paper accuracy (%) | entropy | share polite (%) | mse chosen | paper seconds |"
     )
-    assert reproduce.cell([], "entropy") == "–" and reproduce.title("share_polite") == "share polite (%)"
-
-
-def test_table_puts_the_papers_values_beside_ours():
-    rows = [make_row("fpo", accuracy=0.8, entropy=1.5), make_row("fpo", 1, accuracy=0.82, entropy=1.5)]
-    lines = [reproduce.method_line("fpo"), ("SFT", "sft", "", ())]
-    columns = ("accuracy", "paper_accuracy", "entropy", "paper_entropy", "paper_seconds")
-    head, _, ours, sft = reproduce.table(rows, lines, columns).splitlines()
-    assert head == "|  | accuracy (%) | paper accuracy (%) | entropy | paper entropy | paper seconds |"
-    assert ours == "| FPO | 81 ± 1.4 | 64.1 | 1.5 ± 0 | 1.68 | 8290 |"
-    assert sft == "| SFT | – | – | – | – | – |"
+    # n − 1: 100 · 0.01 · √2, and √((9 + 1 + 16) / 2)
+    assert ours == "| FPO | 81 ± 1.4 | 64.1 | 5 ± 3.6 | 50 | – | 8290 |"
+    assert dpo == "| DPO | 12.35 | 59.9 | – | – | 2e-06 | 8609 |"
+    assert sft == "| SFT | – | – | – | – | – | – |"
 
 
 def test_collect_reads_scores_time_and_the_curve(tmp_path):
@@ -88,17 +83,33 @@ def test_a_done_run_is_not_repeated_and_a_failed_one_is_told(tmp_path, monkeypat
     assert not (tmp_path / "runs/fpo_seed0/run.json").exists()
 
 
+def planned(monkeypatch, options):
+    """The lines of every run that a task does. Here D is 1 / α², FPO's that of α = 0.1."""
+    lines = []
+
+    def do_lines(_, some):
+        lines.extend(some)
+        alphas = [(name, flags.split()[-1]) for _, name, flags, _ in some if name == "no_sae"]
+        rows = [make_row(f"no_sae_alpha_{alpha}", mse_rejected=float(alpha) ** -2) for _, alpha in alphas]
+        return [*rows, make_row("fpo", mse_rejected=0.1**-2)]
+
+    monkeypatch.setattr(reproduce, "do_lines", do_lines)
+    for name in ("publish", "draw_curves", "draw_features"):
+        monkeypatch.setattr(reproduce, name, lambda *_: None)
+    getattr(reproduce, options.task)(options)
+    return lines
+
+
 OWN = "--preset own --model M -- --dataset F.jsonl --eval_dataset G.jsonl --sae S --sae_layer 3 4 --lr 1"
 
 
-@pytest.mark.parametrize("words", ["--preset toy", "--preset gemma-2-2b", OWN])
-def test_every_command_is_one_that_the_scripts_take(tmp_path, words):
+@pytest.mark.parametrize(
+    "task, words", [("ablation", ""), ("ablation", "--preset gemma-2-2b"), ("comparison", OWN)]
+)
+def test_every_command_is_one_that_the_scripts_take(tmp_path, monkeypatch, task, words):
     """A name is one setting, in every table, and a setting one name."""
-    options, named = args(tmp_path, *words.split()), {}
-    lines = [*map(reproduce.method_line, reproduce.METHODS), ("", "no_sae", "--alpha 2", ())]
-    for plan in reproduce.ablation_plan(options.preset).values() if words != OWN else []:
-        lines += plan
-    for _, method, flags, _ in lines:
+    options, named = args(tmp_path, *words.split(), task=task), {}
+    for _, method, flags, _ in planned(monkeypatch, options):
         run = reproduce.make_run(options, method, flags, 0)
         for text in run["commands"]:
             script, _, rest = text.partition(" --preset ")
@@ -117,23 +128,15 @@ def test_every_command_is_one_that_the_scripts_take(tmp_path, words):
     assert len(named) == len({json.dumps(settings) for settings in named.values()})
 
 
-def test_ablation_has_the_papers_rows():
-    plan = reproduce.ablation_plan("toy")
-    assert [len(lines) for lines in plan.values()] == [8, 8, 4, 5]
-    rows = {label: (flags.strip(), paper) for lines in plan.values() for label, _, flags, paper in lines}
+def test_ablation_has_the_papers_rows_and_an_alpha_of_equal_size(tmp_path, monkeypatch):
+    lines = planned(monkeypatch, args(tmp_path, task="ablation"))
+    rows = {label: (flags.strip(), paper) for label, _, flags, paper in lines}
     assert rows["α = 0.5, with stop-gradient"] == ("", (63.6, 1.680))
     assert rows["α = 2, no stop-gradient"] == ("--alpha 2 --no_stop_gradient", (61.9, 1.643))
     assert rows["mlp, layer 1 (paper: 13)"] == ("--sae_site mlp --sae_layer 1", (61.3, 1.637))
     assert rows["res, layer 0 1 3 (paper: 0 12 25)"] == ("--sae_site res --sae_layer 0 1 3", (51.4, 1.66))
-
-
-def test_alpha_of_equal_size_is_found_in_logarithms():
-    """Here D is 1 / α²."""
-    alphas = reproduce.STATE_ALPHAS
-    rows = [make_row(f"no_sae_alpha_{alpha:g}", mse_rejected=alpha**-2) for alpha in alphas]
-    between = float(f"{math.sqrt(alphas[0] * alphas[1]):.2g}")
-    for wanted, mse in ((between, between**-2), (alphas[-1], 1e-9)):
-        assert reproduce.equal_size_alpha([*rows, make_row("fpo", mse_rejected=mse)]) == wanted
+    # log D is linear in log α, so 0.1 is found between 0.05 and 0.15.
+    assert rows["no SAE, α = 0.1: FPO's D_FPO"] == ("--alpha 0.1", ())
 
 
 # ---------------------------------------------------------------------------- the frontier
@@ -143,8 +146,8 @@ def test_accuracy_within_a_distance_by_hand():
     def curve(*points):
         return [{"kl": kl, "accuracy": accuracy} for kl, accuracy in points]
 
-    whole = curve((0.0, 0.5), (2.0, 0.7), (4.0, 0.6), (3.0, 0.9))
-    found = [reproduce.accuracy_within(whole, "kl", level) for level in (0.0, 1.0, 2.5, 3.5, 9.0)]
+    whole = [make_row("a", 0, curve((0.0, 0.5), (2.0, 0.7), (4.0, 0.6), (3.0, 0.9)))]
+    found = [reproduce.best_within(whole, ["a"], "kl", level) for level in (0.0, 1.0, 2.5, 3.5, 9.0)]
     assert found == pytest.approx([0.5, 0.6, 0.7, 0.9, 0.9])
     rows = [make_row("a", seed, curve((0, 0.5), (4, 0.7 + seed / 5))) for seed in (0, 1)]
     rows += [make_row("b", 0, curve((0, 0.5), (1, 0.6))), make_row("c", 0, curve((0, 0.5), (2, 0.8)))]
@@ -154,7 +157,8 @@ def test_accuracy_within_a_distance_by_hand():
         "| FPO (1 settings) | 50.9 | 53 | 59 | 80 |",
         "| DPO (2 settings) | 50.6 | 52 | 56 | 65 |",
     ]
-    assert [x[-1] for x in lines["dpo"][:2]] == pytest.approx([4.0, 0.8])
+    x, (y,) = lines["dpo"]
+    assert (x[-1], y[-1]) == (pytest.approx(4.0), pytest.approx(0.8))
 
 
 # ---------------------------------------------------------------------------- figures
@@ -196,10 +200,13 @@ def test_losses_with_another_distance():
     """All features at weight 1 give FPO; no length norm is DPO's with α D; states by hand."""
     policy, reference = statistics(0), statistics(1)
     usual, values = fpo.method_loss("fpo", policy, reference, **SETTINGS)
-    weighted, same = control.weighted_loss(list(range(6)))("fpo", policy, reference, **SETTINGS)
-    assert torch.allclose(weighted, usual) and all(torch.allclose(same[n], values[n]) for n in same)
-    free, _ = control.weighted_loss([])("fpo", policy, reference, **SETTINGS)
-    assert torch.allclose(free, fpo.method_loss("fpo", policy, reference, **{**SETTINGS, "alpha": 0.0})[0])
+    weighted, same = control.weighted_loss(list(range(6)), "fpo", policy, reference, **SETTINGS)
+    assert torch.equal(weighted, usual) and all(torch.equal(same[n], values[n]) for n in values)
+    free, _ = control.weighted_loss([], "fpo", policy, reference, **SETTINGS)
+    assert torch.equal(free, fpo.method_loss("fpo", policy, reference, **{**SETTINGS, "alpha": 0.0})[0])
+    c, c_ref = policy.features[0][:, 1:3], reference.features[0][:, 1:3]
+    _, two = control.weighted_loss([1, 2], "fpo", policy, reference, **SETTINGS, units=(2.0, 5.0))
+    assert torch.allclose(two["mse_chosen"], ((c - c_ref) ** 2).sum(1)[:2] / 9 / 2)  # k = 9, the first unit
     sums, _ = ablations.loss_without_length_norm("fpo", policy, reference, **{**SETTINGS, "alpha": 0.0})
     assert torch.allclose(sums, fpo.method_loss("dpo", policy, reference, **SETTINGS)[0])
     loss, values = ablations.loss_of_states("fpo", policy, reference, **SETTINGS, units=(2.0,))
@@ -230,16 +237,20 @@ def plainly(lm, sae, x, y):
     return logps, sae.encode(out.hidden_states[2][0, len(x) - 1 : -1])
 
 
-@pytest.mark.parametrize("sae", [exact_sae(), make_sae()], ids=["exact", "random"])
-def test_measure_against_plain_forwards(monkeypatch, sae):
-    lm, pairs = make_lm(), make_pairs(9)
-    lms = {"model": nudge(lm), "reference": lm}
+def lend(monkeypatch, lms, sae, pairs=None):
+    """What train.py's functions then load: models by name, an SAE of layer 1, pairs."""
     monkeypatch.setattr(train, "load_lm", lambda name, *_, **__: lms[name])
     monkeypatch.setattr(train, "load_saes", lambda *_: ([sae], [(1, "res")]))
     monkeypatch.setattr(train, "load_data", lambda *_: pairs)
     monkeypatch.setattr(data, "load_tokenizer", lambda name: SimpleNamespace(pad_token_id=0))
-    config = SimpleNamespace(model="model", reference="reference", dtype="float32", layout="auto")
-    found = ablations.measure(config)
+    return SimpleNamespace(model="model", reference="reference", dtype="float32", layout="auto")
+
+
+@pytest.mark.parametrize("sae", [exact_sae(), make_sae()], ids=["exact", "random"])
+def test_measure_against_plain_forwards(monkeypatch, sae):
+    lm, pairs = make_lm(), make_pairs(9)
+    lms = {"model": nudge(lm), "reference": lm}
+    found = ablations.measure(lend(monkeypatch, lms, sae, pairs))
     ratios, nll, change = ([], []), [], torch.zeros(sae.m)
     for x, *ys in (pairs[i] for i in range(9)):
         for side, y in enumerate(ys):
@@ -256,22 +267,23 @@ def test_measure_against_plain_forwards(monkeypatch, sae):
     assert (found["fvu"] < 1e-9) == exact and (found["l0"] == D) == exact
 
 
-def test_features_that_tell_responses_apart():
+def test_features_of_two_sets_of_responses(monkeypatch):
     lm, sae, whole = make_lm(), make_sae(), make_pairs(20, seed=5)
-    rows = [whole[i][:2] for i in range(20)]
-    features = [plainly(lm, sae, x, y)[1] for x, y in rows]
-    pairs = data.Pairs([(x.tolist(), y.tolist(), []) for x, y in rows])
-    mean, top = control.feature_statistics(Policy(lm, [sae], [(1, "res")]), pairs, layout="separate")
-    assert torch.allclose(mean, torch.stack([c.mean(0) for c in features]).mean(0).double(), atol=1e-5)
-    assert torch.allclose(top, torch.cat(features).amax(0), atol=1e-4)
+    sets = [[whole[i][:2] for i in indices] for indices in (range(17), range(17, 20))]
+    sides = [data.Pairs([(x.tolist(), y.tolist(), []) for x, y in rows]) for rows in sets]
+    found = control.feature_statistics(lend(monkeypatch, {"model": lm}, sae), sides)
+    for (mean, largest), rows in zip(found, sets, strict=True):
+        features = [plainly(lm, sae, x, y)[1] for x, y in rows]
+        assert torch.allclose(mean, torch.stack([c.mean(0) for c in features]).mean(0).double(), atol=1e-5)
+        assert torch.allclose(largest, torch.cat(features).amax(0), atol=1e-4)
 
 
 def test_chosen_features_where_the_answer_is_known():
-    means = {"mean_a": torch.tensor([0.0, 5, 4, 0, 1, 3]), "mean_b": torch.tensor([0.0, 4.5, 1, 2, 0, 3])}
-    means["largest_a"] = torch.tensor([0.0, 9, 5, 1, 8, 7])
-    assert control.choose_features(**means, n=2) == [2, 4]
-    assert control.choose_features(**means, n=6) == [2, 4, 1]  # differences 3, 1, 0.5; none at or below 0
-    assert control.choose_features(**means, n=3, criterion="token") == [1, 4]  # 5's mean is no higher in A
-    assert sorted(control.choose_features(**means, n=9, criterion="random", seed=3)) == [1, 2, 3, 4, 5]
-    draws = [control.choose_features(**means, n=2, criterion="random", seed=seed) for seed in range(20)]
+    mean_a, largest_a = torch.tensor([0.0, 5, 4, 0, 1, 3]), torch.tensor([0.0, 9, 5, 1, 8, 7])
+    sides = (mean_a, largest_a), (torch.tensor([0.0, 4.5, 1, 2, 0, 3]), None)
+    assert control.choose_features(*sides, "difference", n=2) == [2, 4]
+    assert control.choose_features(*sides, "difference", n=6) == [2, 4, 1]  # 3, 1, 0.5; none at or below 0
+    assert control.choose_features(*sides, "token", n=3) == [1, 4]  # 5's mean is no higher in A
+    assert sorted(control.choose_features(*sides, "random", n=9, seed=3)) == [1, 2, 3, 4, 5]
+    draws = [control.choose_features(*sides, "random", n=2, seed=seed) for seed in range(20)]
     assert len(set(map(tuple, draws))) > 5

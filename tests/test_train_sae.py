@@ -28,7 +28,7 @@ def test_every_tenth_pair_is_held_out_and_the_tokens_are_enough():
 @pytest.mark.parametrize("layer, site", [(3, "res"), (1, "mlp")])
 def test_states_are_those_before_the_response_tokens_of_each_response(layer, site):
     lm, pairs, indices = make_lm(), make_pairs(8), [5, 0, 2, 7, 6]
-    h = train_sae.read_states(lm, pairs, indices, layer, site, "test", max_tokens=60)
+    h = train_sae.read_states(lm, pairs, indices, layer, site, max_tokens=60)
     block, seen = lm.model.layers[layer], []
     module = block if site == "res" else block.post_feedforward_layernorm
     module.register_forward_hook(lambda module, args, output: seen.append(output))
@@ -76,7 +76,7 @@ def test_from_a_model_and_pairs_to_the_next_command(world, tmp_path, monkeypatch
     lm = AutoModelForCausalLM.from_pretrained("mine", attn_implementation="eager")
     pairs = load_pairs("pairs.jsonl", AutoTokenizer.from_pretrained("mine"))
     _, held_out = train_sae.choose_pairs(pairs, 4000)
-    h = train_sae.read_states(lm, pairs, held_out, 2, "res", "test").double().numpy()
+    h = train_sae.read_states(lm, pairs, held_out, 2, "res").double().numpy()
     z = h @ sae.W_enc.double().numpy() + sae.b_enc.numpy()
     c = np.where(z > sae.threshold.numpy(), z, 0)
     error = ((c @ sae.W_dec.double().numpy() + sae.b_dec.numpy() - h) ** 2).sum()
