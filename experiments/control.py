@@ -134,8 +134,8 @@ def toy_control(args, train_flags):
     publish(args, rows, {"Table 4 on the toy world": table(rows, lines, columns)}, {})
 
 
-def main(argv=None):
-    """The toy's table; or one training on the features that tell two files of responses apart."""
+def parse_args(argv=None):
+    """(our flags, the words that are train.py's)."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     flag = parser.add_argument
     flag(
@@ -144,7 +144,12 @@ def main(argv=None):
     flag("--criterion", default="difference", choices=("difference", "token"), help="token: the paper's")
     flag("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the toy's table (0 1 2)")
     flag("--assets", default="assets", help="folder of the toy's results.json and control.md (assets)")
-    args, train_flags = parser.parse_known_args(argv)
+    return parser.parse_known_args(argv)
+
+
+def main(argv=None):
+    """The toy's table; or one training on the features that tell two files of responses apart."""
+    args, train_flags = parse_args(argv)
     if not args.responses:
         return toy_control(args, train_flags)
     config = train.parse_args(train_flags)

@@ -3,6 +3,7 @@
 import json
 import shlex
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -22,8 +23,9 @@ def make_row(name, seed=0, curve=(), **scores):
     return {"name": name, "method": name, "seed": seed, "folder": "", "scores": scores, "curve": list(curve)}
 
 
-def args(tmp_path, *words, task="comparison"):
-    return reproduce.parse_args([task, "--out", str(tmp_path / "runs"), *words])
+def args(tmp_path, words):
+    task, *rest = words.split()
+    return reproduce.parse_args([task, "--out", str(tmp_path / "runs"), *rest])
 
 
 # ---------------------------------------------------------------------------- numbers
@@ -45,15 +47,15 @@ def test_table_of_means_deviations_shares_and_the_papers_values():
 
 def test_collect_reads_scores_time_and_the_curve(tmp_path):
     steps = [{"step": i, "pairs_per_s": 16.0} for i in range(1, 21)]
-    steps[3] |= {"eval_kl_rejected": 7.0, "eval_accuracy": 0.6}
+    steps[3] |= {"eval_kl_rejected": 7.0}
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
-    ends = {"before": {"kl_rejected": 0.0}, "after": {"kl_rejected": 9.0}}
-    files = {"scores": ends, "scored": {"entropy": 1.5, "train": {"accuracy": 0.925}}}
-    files |= {"measured": {"l0": 9.0, "feature_change": [1.0]}, "config": {"batch_size": 32}}
-    for name, value in (files | {"run": {"name": "fpo", "method": "fpo", "seconds": 3.0}}).items():
+    files = {"scores": {"before": {"kl_rejected": 0.0}, "after": {"kl_rejected": 9.0}}}
+    files |= {"scored": {"entropy": 1.5, "train": {"accuracy": 0.925}}, "config": {"batch_size": 32}}
+    files |= {"measured": {"l0": 9.0, "feature_change": [1.0]}, "run": {"name": "fpo", "seconds": 3.0}}
+    for name, value in files.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(value))
     row = reproduce.collect(str(tmp_path))
-    scores = {"entropy": 1.5, "l0": 9.0, "train_accuracy": 0.925, "train_seconds": 40.0}  # 20 · 32 / 16
+    scores = {"l0": 9.0, "train_accuracy": 0.925, "train_seconds": 40.0}  # 20 · 32 / 16
     assert row["scores"] == files["scored"] | scores and (row["name"], row["seconds"]) == ("fpo", 3.0)
     assert [(p["step"], p["kl_rejected"]) for p in row["curve"]] == [(0, 0.0), (4, 7.0), (20, 9.0)]
 
@@ -63,7 +65,7 @@ def test_a_done_run_is_not_repeated_and_a_failed_one_is_told(tmp_path, monkeypat
     """Other commands or other weights at the start are another run; run.json comes only at a success."""
     (tmp_path / "start").mkdir()
     (tmp_path / "start/model.safetensors").write_bytes(b"weights")
-    options = args(tmp_path, "--model", str(tmp_path / "start"), "--seeds", "0", "--at_once", "1")
+    options = args(tmp_path, f"comparison --model {tmp_path / 'start'} --seeds 0 --at_once 1")
     done, lines = [], [("FPO", "fpo", "", ()), ("again", "fpo", "", ()), ("DPO", "dpo", "", ())]
     fake = SimpleNamespace(run=lambda words, **_: done.append(words) or reply)
     monkeypatch.setattr(reproduce, "subprocess", fake)
@@ -85,51 +87,51 @@ def test_a_done_run_is_not_repeated_and_a_failed_one_is_told(tmp_path, monkeypat
 
 def planned(monkeypatch, options):
     """The lines of every run that a task does. Here D is 1 / α², FPO's that of α = 0.1."""
-    lines = []
+    lines, figure = [], SimpleNamespace(axes=[Mock(), Mock()])
 
     def do_lines(_, some):
         lines.extend(some)
-        alphas = [(name, flags.split()[-1]) for _, name, flags, _ in some if name == "no_sae"]
-        rows = [make_row(f"no_sae_alpha_{alpha}", mse_rejected=float(alpha) ** -2) for _, alpha in alphas]
+        alphas = [flags.split()[-1] for _, method, flags, _ in some if method == "no_sae"]
+        rows = [make_row(f"no_sae_alpha_{alpha}", mse_rejected=float(alpha) ** -2) for alpha in alphas]
         return [*rows, make_row("fpo", mse_rejected=0.1**-2)]
 
     monkeypatch.setattr(reproduce, "do_lines", do_lines)
-    for name in ("publish", "draw_curves", "draw_features"):
-        monkeypatch.setattr(reproduce, name, lambda *_: None)
+    monkeypatch.setattr(reproduce, "compare", lambda *_: ("", {}))
+    for name in ("publish", "draw", "draw_curves", "draw_features"):
+        monkeypatch.setattr(reproduce, name, lambda *_: figure)
     getattr(reproduce, options.task)(options)
     return lines
 
 
 OWN = "--preset own --model M -- --dataset F.jsonl --eval_dataset G.jsonl --sae S --sae_layer 3 4 --lr 1"
+TASKS = ("ablation --preset toy", "ablation --preset gemma-2-2b", f"comparison {OWN}", "frontier")
 
 
-@pytest.mark.parametrize(
-    "task, words", [("ablation", ""), ("ablation", "--preset gemma-2-2b"), ("comparison", OWN)]
-)
-def test_every_command_is_one_that_the_scripts_take(tmp_path, monkeypatch, task, words):
+@pytest.mark.parametrize("words", TASKS)
+def test_every_command_is_one_that_the_scripts_take(tmp_path, monkeypatch, words):
     """A name is one setting, in every table, and a setting one name."""
-    options, named = args(tmp_path, *words.split(), task=task), {}
+    options, named = args(tmp_path, words), {}
     for _, method, flags, _ in planned(monkeypatch, options):
         run = reproduce.make_run(options, method, flags, 0)
         for text in run["commands"]:
             script, _, rest = text.partition(" --preset ")
-            rest = ["--preset", *shlex.split(rest)]
+            words = ["--preset", *shlex.split(rest)]
             if "eval_diversity.py" in script:
-                config = eval_diversity.parse_args(rest).config
+                config = eval_diversity.parse_args(words).config
             elif "measure" in script:
-                config = train.parse_args(rest[: rest.index("--json")])
+                config = train.parse_args(words[: words.index("--json")])
             else:
-                config = train.parse_args([*rest, *shlex.split(script.partition("train.py")[2])])
+                config = train.parse_args([*words, *shlex.split(script.partition("train.py")[2])])
                 seen = {**vars(config), "out": "", "script": script}
                 assert named.setdefault(run["name"], seen) == seen
-            if words == OWN:
-                assert (config.dataset, config.eval_dataset, config.sae) == ("F.jsonl", "G.jsonl", "S")
-                assert config.sae_layer == [3, 4]
+            if options.preset == "own":
+                read = (config.dataset, config.eval_dataset, config.sae, config.sae_layer)
+                assert read == ("F.jsonl", "G.jsonl", "S", [3, 4])
     assert len(named) == len({json.dumps(settings) for settings in named.values()})
 
 
 def test_ablation_has_the_papers_rows_and_an_alpha_of_equal_size(tmp_path, monkeypatch):
-    lines = planned(monkeypatch, args(tmp_path, task="ablation"))
+    lines = planned(monkeypatch, args(tmp_path, "ablation"))
     rows = {label: (flags.strip(), paper) for label, _, flags, paper in lines}
     assert rows["α = 0.5, with stop-gradient"] == ("", (63.6, 1.680))
     assert rows["α = 2, no stop-gradient"] == ("--alpha 2 --no_stop_gradient", (61.9, 1.643))
@@ -163,12 +165,12 @@ def test_accuracy_within_a_distance_by_hand():
 
 # ---------------------------------------------------------------------------- figures
 def test_curves_are_means_over_seeds_and_a_figure_is_the_same_each_time(tmp_path):
-    rows = []
-    for name in reproduce.METHODS[1:]:
-        for seed, (w, l) in enumerate(((1.0, 5.0), (3.0, 11.0))):
-            curve = [{"step": 0, "kl_chosen": 0, "kl_rejected": 0, "kl_margin": 0}]
-            curve.append({"step": 10, "kl_chosen": w, "kl_rejected": l, "kl_margin": l / 10})
-            rows.append(make_row(name, seed, curve))
+    def curve(w, l):
+        names = ("step", "kl_chosen", "kl_rejected", "kl_margin")
+        return [dict(zip(names, point, strict=True)) for point in ((0, 0, 0, 0), (10, w, l, l / 10))]
+
+    curves = (curve(1.0, 5.0), curve(3.0, 11.0))
+    rows = [make_row(name, seed, curves[seed]) for name in reproduce.METHODS[1:] for seed in (0, 1)]
     options = SimpleNamespace(task="comparison", assets=str(tmp_path), began=0.0, done=1)
     (tmp_path / "results.json").write_text('{"ablation": [1]}')
     drawn = []
@@ -177,8 +179,6 @@ def test_curves_are_means_over_seeds_and_a_figure_is_the_same_each_time(tmp_path
         reproduce.publish(options, rows, {"Table": "| x |\n"}, {"kl": figure})
         drawn.append((tmp_path / "kl.svg").read_bytes())
     assert drawn[0] == drawn[1] and drawn[0].startswith(b"<?xml")
-    labels = ["KL (nats)", "KL (nats)", "|β D(y_l) − β D(y_w)|"]
-    assert [ax.get_ylabel() for ax in figure.axes] == labels
     lines = [next(line for line in ax.lines if line.get_label() == "FPO") for ax in figure.axes]
     assert [line.get_ydata()[1] for line in lines] == pytest.approx([2.0, 8.0, 0.8])
     results = json.loads((tmp_path / "results.json").read_text())
@@ -248,13 +248,12 @@ def lend(monkeypatch, lms, sae, pairs=None):
 
 @pytest.mark.parametrize("sae", [exact_sae(), make_sae()], ids=["exact", "random"])
 def test_measure_against_plain_forwards(monkeypatch, sae):
-    lm, pairs = make_lm(), make_pairs(9)
-    lms = {"model": nudge(lm), "reference": lm}
+    pairs, lms = make_pairs(9), {"model": nudge(make_lm()), "reference": make_lm()}
     found = ablations.measure(lend(monkeypatch, lms, sae, pairs))
     ratios, nll, change = ([], []), [], torch.zeros(sae.m)
     for x, *ys in (pairs[i] for i in range(9)):
         for side, y in enumerate(ys):
-            (logps, c), (ref_logps, ref_c) = (plainly(one, sae, x, y) for one in lms.values())
+            (logps, c), (ref_logps, ref_c) = (plainly(lm, sae, x, y) for lm in lms.values())
             ratios[side].append(logps - ref_logps)
             nll += [-logps] if side == 0 else []
             change += (c.mean(0) - ref_c.mean(0)).abs() / 18
