@@ -8,7 +8,6 @@ All other flags are train.py's.
 """
 
 import argparse
-import os
 from types import SimpleNamespace
 
 import torch
@@ -25,11 +24,20 @@ PAIRS, PAIRS_AT_ONCE = 500, 8  # held-out pairs that are measured; their logits 
 
 
 # ---------------------------------------------------------------------------- losses
-def fpo_loss_with(D, policy, reference, *, beta, alpha, stop_gradient):
-    """FPO's loss (Eq. 11) with the caller's distance D (2B,), B chosen and then B rejected, as D_FPO.
+def loss_without_length_norm(method, policy, reference, **settings):
+    """FPO with log π(y|x) in place of log π(y|x) / |y|; takes and returns what fpo.method_loss does."""
+    policy = policy._replace(lengths=torch.ones_like(policy.lengths))
+    return fpo.method_loss(method, policy, reference, **settings)
 
-    policy, reference: fpo.Statistics of the 2B responses. Returns what fpo.method_loss does.
+
+def loss_of_states(method, policy, reference, *, beta, alpha, gamma, k, stop_gradient, units=()):
+    """FPO (Eq. 11) with D = mean over d of (h̄_θ − h̄_ref)², h̄ the SAE's input averaged over a response.
+
+    There is no top k: a state has no zeros, and its entries have signs. Statistics.features holds h̄ (2B, d),
+    which `state_encoder` leaves there. Takes and returns what fpo.method_loss does.
     """
+    D = (policy.features[0] - reference.features[0].detach()).square().mean(-1)  # (2B,)
+    D = D / units[0] if units else D
     parts = (policy.logps, reference.logps, policy.lengths, D)
     (w, l), (ref_w, ref_l), (n_w, n_l), (D_w, D_l) = (part.chunk(2) for part in parts)
     options = {"beta": beta, "alpha": alpha, "stop_gradient": stop_gradient}
@@ -39,28 +47,9 @@ def fpo_loss_with(D, policy, reference, *, beta, alpha, stop_gradient):
     return loss, values | {"reward_chosen": reward_w, "reward_rejected": reward_l}
 
 
-def loss_without_length_norm(method, policy, reference, **settings):
-    """FPO with log π(y|x) in place of log π(y|x) / |y|; takes and returns what fpo.method_loss does."""
-    policy = policy._replace(lengths=torch.ones_like(policy.lengths))
-    return fpo.method_loss(method, policy, reference, **settings)
-
-
-def loss_of_states(method, policy, reference, *, beta, alpha, gamma, k, stop_gradient, units=()):
-    """FPO with D = mean over d of (h̄_θ − h̄_ref)², h̄ the SAE's input averaged over a response.
-
-    There is no top k: a state has no zeros, and its entries have signs. Statistics.features holds h̄ (2B, d),
-    which `state_encoder` leaves there. Takes and returns what fpo.method_loss does.
-    """
-    D = (policy.features[0] - reference.features[0].detach()).square().mean(-1)  # (2B,)
-    D = D / units[0] if units else D
-    return fpo_loss_with(D, policy, reference, beta=beta, alpha=alpha, stop_gradient=stop_gradient)
-
-
 def state_encoder(config):
     """An encoder that gives the state itself: identity, no bias, and a threshold that everything exceeds."""
-    d = train.load_config(config.model).get_text_config().hidden_size
-    cuda = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    device = cuda if torch.cuda.is_available() else torch.device("cpu")
+    device, d = data.start_processes(), train.load_config(config.model).get_text_config().hidden_size
     b_enc, threshold = torch.zeros(d, device=device), torch.full((d,), -torch.inf, device=device)
     return SimpleNamespace(d=d, m=d, W_enc=torch.eye(d, device=device), b_enc=b_enc, threshold=threshold)
 
@@ -80,17 +69,14 @@ def read_spliced(lm, batch, layer: int, sae):
     """`read` with the SAE's reconstruction in place of the layer's output, but for BOS: no SAE knows it."""
 
     def replace(module, args, output):
-        h = output[0] if isinstance(output, tuple) else output  # (R, L, d)
+        h, *rest = output if isinstance(output, tuple) else (output,)  # h (R, L, d)
         rebuilt = sae.decode(sae.encode(h)).to(h.dtype)
         rebuilt = torch.where((batch.positions == 0)[..., None], h, rebuilt)
-        return (rebuilt, *output[1:]) if isinstance(output, tuple) else rebuilt
+        return (rebuilt, *rest) if isinstance(output, tuple) else rebuilt
 
     layers = getattr(lm.model, "language_model", lm.model).layers
-    handle = layers[layer].register_forward_hook(replace)
-    try:
+    with layers[layer].register_forward_hook(replace):
         return read(lm, batch, layer)
-    finally:
-        handle.remove()
 
 
 @torch.no_grad()

@@ -5,17 +5,16 @@
     python -m experiments.reproduce frontier      accuracy at equal KL and at equal D_FPO, over β and α
     python -m experiments.reproduce comparison --preset own --model SFT -- --dataset F --eval_dataset G ...
 
-Flags after `--` are train.py's, for every run; its evaluation gets those that it takes too. No score is
-computed here: train.py, eval_diversity.py and experiments.ablations run as processes, and the keys of what
-they write are the tables' columns (accuracies in %, entropies and KL in nats). A run that is done is not
-repeated. ± is the sample's deviation (n − 1) over seeds: over orders of the data and draws of samples.
+Flags after `--` are train.py's, for every run. No score is computed here: train.py, eval_diversity.py and
+experiments.ablations run as processes, on all cards that there are, and the keys of what they write are the
+tables' columns (accuracies in %, entropies and KL in nats). A run that is done is not repeated. ± is the
+sample's deviation (n − 1) over seeds: over orders of the data and draws of samples.
 """
 
 import argparse
 import hashlib
 import itertools
 import json
-import math
 import os
 import re
 import shlex
@@ -26,30 +25,33 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 import data
+import toy
 import train
 from eval_diversity import SHARED
 
-# One name and one colour a method; the colours are legible on white and on black.
-LABELS = {"sft": ("SFT", "#8c8c8c"), "dpo": ("DPO", "#4c7fd9"), "tdpo1": ("TDPO-1", "#1fa3b5")}
-LABELS |= {"tdpo2": ("TDPO-2", "#3a9d4f"), "simpo": ("SimPO", "#d98324"), "fpo": ("FPO", "#d6336c")}
-METHODS, GREY = tuple(LABELS), "#7f7f7f"
-LABELS |= {"simpo_kl": ("SimPO + KL", "#9a6cd0"), "free": ("FPO, α = 0", "#a9764a")}
-
-# The paper's numbers, Gemma-2-2B on UltraFeedback, by the tables' columns: Tables 2 and 6; of the review the
-# largest and smallest difference of token log-probabilities, and seconds of a run.
+# Of each method the name, a colour legible on white and on black, and the paper's numbers of Gemma-2-2B on
+# UltraFeedback, by the tables' columns: Tables 2 and 6; of the review the largest and smallest difference of
+# token log-probabilities, and seconds of a run.
 PAPER_COLUMNS = ("paper_accuracy", "paper_entropy", "paper_ends", "paper_seconds")
-PAPER = {
-    "dpo": (59.9, 1.66, "19, −25", 8609),
-    "tdpo1": (63.2, 1.65),
-    "tdpo2": (64.2, 1.68, "12, −13", 10420),
-    "simpo": (63.4, 1.64, "28, −32", 7901),
-    "simpo_kl": (63.6, 1.66),
-    "fpo": (64.1, 1.68, "13, −15", 8290),
+LABELS = {
+    "sft": ("SFT", "#8c8c8c", ()),
+    "dpo": ("DPO", "#4c7fd9", (59.9, 1.66, "19, −25", 8609)),
+    "tdpo1": ("TDPO-1", "#1fa3b5", (63.2, 1.65)),
+    "tdpo2": ("TDPO-2", "#3a9d4f", (64.2, 1.68, "12, −13", 10420)),
+    "simpo": ("SimPO", "#d98324", (63.4, 1.64, "28, −32", 7901)),
+    "fpo": ("FPO", "#d6336c", (64.1, 1.68, "13, −15", 8290)),
+    "simpo_kl": ("SimPO + KL", "#9a6cd0", (63.6, 1.66)),
+    "free": ("FPO, α = 0", "#a9764a", ()),
 }
+METHODS, GREY = ("sft", "dpo", "tdpo1", "tdpo2", "simpo", "fpo"), "#7f7f7f"
+# A table's line is (label, method, flags of train.py, the paper's values). A run is a line with a seed.
+LINES = {method: (label, method, "", paper) for method, (label, _, paper) in LABELS.items()}
 TABLE_3_LAYERS = {
     "res": {7: (57.2, 1.645), 13: (59.1, 1.612), 19: (59.7, 1.644), 25: (63.6, 1.680)},
     "mlp": {7: (57.4, 1.609), 13: (61.3, 1.637), 19: (62.4, 1.654), 25: (63.4, 1.671)},
@@ -83,7 +85,6 @@ FRONTIER = {  # every β, every α for each (FPO's times the preset's); γ is th
 
 
 # ---------------------------------------------------------------------------- one run
-# A table's line is (label, method, flags of train.py, the paper's values). A run is a line with a seed.
 def name_of(method: str, flags: str) -> str:
     """A name for the runs of a line: the same settings, the same name, in whichever table."""
     return "_".join(re.findall(r"[\w.-]+", f"{method} {flags.replace('--', '')}"))
@@ -93,33 +94,29 @@ def scoring_flags(train_flags: list[str]) -> str:
     """Those of train.py's flags that eval_diversity.py takes; its --dataset is the held-out pairs."""
     names = {f"--{name}": f"--{name}" for name in SHARED}
     names |= {"--dataset": "--train_pairs", "--eval_dataset": "--dataset"}
-    words, keep = [] if "--dataset" in train_flags else ["--train_pairs"], False  # that is the preset's
+    words, keep = [], False
     for word in train_flags:
         keep = word in names if word.startswith("--") else keep
         words += [names.get(word, word)] if keep else []
-    return shlex.join(words)
+    return shlex.join(words if "--train_pairs" in words else ["--train_pairs", *words])  # alone: the preset's
 
 
 def make_run(args, method: str, flags: str, seed: int) -> dict:
     """The commands of a training and its evaluation.
 
-    Args:
-        method: one of train.py's, or a variant of FPO that experiments.ablations trains; `sft` is the start
-            itself, which is only evaluated.
+    method: one of train.py's, or a variant of FPO that experiments.ablations trains; `sft` is the start
+    itself, which is only evaluated.
     """
     name, preset, own = name_of(method, flags), f"--preset {args.preset}", shlex.join(args.train_flags)
-    start, out, task = f"--model {args.start}", f"{args.out}/{name}_seed{seed}", f"train.py --method {method}"
-    if method not in train.TABLE_5:
-        task = f"-m experiments.ablations {method}"
+    start, out = f"--model {args.start}", f"{args.out}/{name}_seed{seed}"
+    task = f"train.py --method {method}" if method in train.TABLE_5 else f"-m experiments.ablations {method}"
     models = f"{start if method == 'sft' else f'--model {out}/model'} --reference {args.start}"
-    python = "python"
-    if args.ranks > 1:
-        python += f" -m torch.distributed.run --standalone --nproc_per_node {args.ranks}"
-    training = f"{python} {task} {preset} {start} --seed {seed} --out {out} --eval_every {args.eval_every}"
-    scoring = f"{python} eval_diversity.py {preset} {models} {scoring_flags(args.train_flags)} --seed {seed}"
-    scoring += f" --samples {args.samples} --features_top 50 --json {out}/scored.json"
+    training = f"{args.python} {task} {preset} {start} --seed {seed} --out {out}"
+    training += f" --eval_every {args.eval_every} {own} {flags}"
+    scoring = f"{args.python} eval_diversity.py {preset} {models} {scoring_flags(args.train_flags)}"
+    scoring += f" --seed {seed} --samples {args.samples} --features_top 50 --json {out}/scored.json"
     measuring = f"python -m experiments.ablations measure {preset} {own} {models} --json {out}/measured.json"
-    commands = [] if method == "sft" else [f"{training} {own} {flags}"]
+    commands = [] if method == "sft" else [training]
     if args.task != "frontier":  # training's own evaluations are enough there
         commands += [scoring] if flags else [scoring, measuring]
     commands = [" ".join(text.split()) for text in commands]
@@ -127,11 +124,8 @@ def make_run(args, method: str, flags: str, seed: int) -> dict:
 
 
 def read_json(path) -> dict:
-    """What a JSON file holds; {} where there is no whole one."""
-    try:
-        return json.loads(Path(path).read_text())
-    except (OSError, json.JSONDecodeError):
-        return {}
+    """What a JSON file holds; {} where there is none."""
+    return json.loads(Path(path).read_text()) if Path(path).exists() else {}
 
 
 def do_run(run: dict):
@@ -171,23 +165,21 @@ def do_lines(args, lines) -> list[dict]:
 # ---------------------------------------------------------------------------- numbers
 def collect(folder: str) -> dict:
     """A row of results.json: how a run was made, its scores, and those of held-out pairs over training."""
-    folder = Path(folder)
-    row, scores, config = (read_json(folder / f"{name}.json") for name in ("run", "scored", "config"))
-    scores |= read_json(folder / "measured.json")
-    scores.pop("feature_change", None)  # long: the figure reads it from the run's folder
+    names = ("run", "config", "scored", "measured", "scores")
+    run, config, scores, measured, ends = (read_json(f"{folder}/{name}.json") for name in names)
+    measured.pop("feature_change", None)  # long: the figure reads it from the run's folder
+    scores, curve = scores | measured, []
     if "train" in scores:  # Table 2's protocol
         scores["train_accuracy"] = scores["train"]["accuracy"]
-    row |= {"scores": scores, "curve": []}
-    if row["method"] != "sft":
-        steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    if ends:  # SFT is not trained
+        steps = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
         scores["train_seconds"] = sum(config["batch_size"] / step["pairs_per_s"] for step in steps)
-        ends = read_json(folder / "scores.json")
-        row["curve"].append({"step": 0, **ends["before"]})
+        curve.append({"step": 0, **ends["before"]})
         for step in steps[:-1]:
             held_out = {name[5:]: value for name, value in step.items() if name.startswith("eval_")}
-            row["curve"] += [{"step": step["step"], **held_out}] if held_out else []
-        row["curve"].append({"step": steps[-1]["step"], **ends["after"]})
-    return row
+            curve += [{"step": step["step"], **held_out}] if held_out else []
+        curve.append({"step": steps[-1]["step"], **ends["after"]})
+    return run | {"scores": scores, "curve": curve}
 
 
 def values_of(rows: list[dict], name: str, key: str) -> list[float]:
@@ -195,66 +187,42 @@ def values_of(rows: list[dict], name: str, key: str) -> list[float]:
     return [row["scores"][key] for row in rows if row["name"] == name and key in row["scores"]]
 
 
-def mean_deviation(values) -> tuple[float, float]:
-    """Mean, and the sample's deviation (n − 1); NaN for that of a single value."""
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else math.nan
-
-
-def title(key: str) -> str:
-    """A score's key as the head of a column."""
-    share = "accuracy" in key or "share" in key or key == "fvu"
-    return key.replace("_", " ") + (" (%)" if share else "")
-
-
-def cell(values: list[float], key: str) -> str:
-    """`mean ± deviation`, shares in %; of one seed the value alone, of none a dash."""
-    if not values:
-        return "–"
-    factor = 100 if title(key).endswith("(%)") else 1
-    mean, deviation = mean_deviation([factor * value for value in values])
-    return f"{mean:.4g}" + (f" ± {deviation:.2g}" if len(values) > 1 else "")
-
-
 def table(rows, lines, columns) -> str:
-    """A Markdown table of means over seeds.
+    """A Markdown table of means over seeds, `mean ± deviation`; of one seed the value alone, of none a dash.
 
-    Args:
-        lines: (label, method, flags, the paper's values in the order of PAPER_COLUMNS).
-        columns: keys of the scores, and some of PAPER_COLUMNS.
+    columns: keys of the scores, shares in %, and some of PAPER_COLUMNS.
     """
-    text = ["| " + " | ".join(["", *map(title, columns)]) + " |", "|---" + "|---:" * len(columns) + "|"]
+    units = {key: "accuracy" in key or "share" in key or key == "fvu" for key in columns}  # whether in %
+    heads = ["", *(key.replace("_", " ") + " (%)" * in_percent for key, in_percent in units.items())]
+    text = ["| " + " | ".join(heads) + " |", "|---" + "|---:" * len(columns) + "|"]
     for label, method, flags, papers in lines:
         paper, cells = dict(zip(PAPER_COLUMNS, papers, strict=False)), [label]
-        for key in columns:
-            ours = cell(values_of(rows, name_of(method, flags), key), key)
-            cells.append(str(paper.get(key, "–")) if key in PAPER_COLUMNS else ours)
+        for key, in_percent in units.items():
+            values = [100 * v if in_percent else v for v in values_of(rows, name_of(method, flags), key)]
+            mean = f"{statistics.mean(values):.4g}" if values else str(paper.get(key, "–"))
+            cells.append(mean + (f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""))
         text.append("| " + " | ".join(cells) + " |")
     return "\n".join(text) + "\n"
 
 
 # ---------------------------------------------------------------------------- figures
-def draw(panels, **scale):
+def draw(panels):
     """A row of panels over one legend, transparent, in mid-grey: legible on white and on black.
 
-    Args:
-        panels: (title, label of x, label of y, {method: (x, y, deviation or None)}); a line is shaded by one
-            deviation.
-        scale: of every axes, as `Axes.set` takes it.
-    Returns: figure, at most 900 pixels wide.
+    panels: (title, label of x, label of y, {method: (x, y of each seed)}). A line is the mean over seeds,
+    shaded by the sample's deviation. Returns the figure, at most 900 pixels wide.
     """
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(min(9.4, 1 + 4 * len(panels)), 3.4), layout="constrained")
     figure.patch.set_alpha(0)
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for ax, (title, xlabel, ylabel, lines) in zip(axes, panels, strict=True):
-        for name, (x, y, deviation) in lines.items():
-            label, colour = LABELS[name]
+        for name, (x, seeds) in lines.items():
+            label, colour, _ = LABELS[name]
+            y = np.mean(seeds, 0)
             ax.plot(x, y, color=colour, label=label)
-            if deviation is not None:
-                low, high = ([m + sign * d for m, d in zip(y, deviation, strict=True)] for sign in (-1, 1))
-                ax.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
-        ax.set(**scale)
+            if len(seeds) > 1:
+                d = np.std(seeds, 0, ddof=1)
+                ax.fill_between(x, y - d, y + d, color=colour, alpha=0.2, linewidth=0)
         for text, write in ((title, ax.set_title), (xlabel, ax.set_xlabel), (ylabel, ax.set_ylabel)):
             write(text, color=GREY, fontsize=11)
         ax.patch.set_alpha(0)
@@ -275,10 +243,9 @@ def draw_curves(rows, key: str, what: str):
     for side in ("chosen", "rejected", "margin"):
         lines = {}
         for name in METHODS[1:]:
-            points = {}  # step: value of each seed
-            for point in (p for row in rows if row["name"] == name for p in row["curve"]):
-                points.setdefault(point["step"], []).append(point[f"{key}_{side}"])
-            lines[name] = (list(points), *zip(*map(mean_deviation, points.values()), strict=True))
+            curves = [row["curve"] for row in rows if row["name"] == name]
+            values = [[point[f"{key}_{side}"] for point in curve] for curve in curves]
+            lines[name] = [point["step"] for point in curves[0]], values
         panels.append((side, "training step", "|β D(y_l) − β D(y_w)|" if side == "margin" else what, lines))
     return draw(panels)
 
@@ -289,24 +256,20 @@ def draw_features(rows):
     The 50 largest pooled activations by rank, of the first seed; and mean |c̄_θ − c̄_ref| of the 50 features
     that DPO moves most, in DPO's order, mean over seeds.
     """
-    activations, change = {}, {}
+    largest, change = {}, {}
     for name in METHODS:
-        y = values_of(rows, name, "activations_policy")[0]
-        activations[name] = range(1, len(y) + 1), y, None
-        folders = [row["folder"] for row in rows if row["name"] == name]
-        seeds = [read_json(f"{folder}/measured.json")["feature_change"] for folder in folders]
-        change[name] = [statistics.mean(values) for values in zip(*seeds, strict=True)]  # (m,)
-    most = sorted(range(len(change["dpo"])), key=lambda i: -change["dpo"][i])[:50]
-    moved = {name: (range(1, len(most) + 1), [y[i] for i in most], None) for name, y in change.items()}
-    ranks = ("feature, by its rank", "feature, by its rank under DPO")
-    left = ("largest activations", ranks[0], "mean c̄", activations)
-    return draw([left, ("moved by training", ranks[1], "mean |c̄_θ − c̄_ref|", moved)])
+        mine, rank = [row for row in rows if row["name"] == name], range(1, 51)
+        largest[name] = rank, [mine[0]["scores"]["activations_policy"]]
+        seeds = [read_json(f"{row['folder']}/measured.json")["feature_change"] for row in mine]
+        change[name] = np.mean(seeds, 0)  # (m,)
+    most = np.argsort(-change["dpo"], kind="stable")[:50]
+    moved = {name: (rank, [values[most]]) for name, values in change.items()}
+    left = ("largest activations", "feature, by its rank", "mean c̄", largest)
+    return draw([left, ("moved by training", "feature, by its rank under DPO", "mean |c̄_θ − c̄_ref|", moved)])
 
 
 def publish(args, rows, tables: dict, figures: dict):
     """Write rows into results.json, the tables as TASK.md, the figures as SVG; print the tables."""
-    import matplotlib
-
     assets, text = Path(args.assets), "\n".join(f"**{title}**\n\n{body}" for title, body in tables.items())
     assets.mkdir(parents=True, exist_ok=True)
     how = data.made_by() | {"runs": len(rows), "runs_done_now": args.done}
@@ -320,19 +283,9 @@ def publish(args, rows, tables: dict, figures: dict):
 
 
 # ---------------------------------------------------------------------------- the paper's, and the review's
-def method_line(method: str) -> tuple:
-    """A method by its preset."""
-    return LABELS[method][0], method, "", PAPER.get(method, ())
-
-
-def alpha_flags(alpha: float, preset=0.5) -> str:
-    """FPO's α as a flag; none where it is the preset's."""
-    return "" if alpha == preset else f"--alpha {alpha:g}"
-
-
 def sae_line(preset: str, layers, site: str, paper) -> tuple:
     """FPO with SAEs on the paper's layers, or on the toy's in their place."""
-    mine = [TOY_LAYER[layer] if preset == "toy" else layer for layer in layers]
+    mine = [TOY_LAYER[layer] for layer in layers] if preset == "toy" else layers
     here, there = (" ".join(map(str, numbers)) for numbers in (mine, layers))
     flags = f"--sae_site {site} --sae_layer {here}"
     if preset != "toy":
@@ -340,23 +293,6 @@ def sae_line(preset: str, layers, site: str, paper) -> tuple:
         flags += f" --sae google/gemma-scope-2b-pt-{site} --sae_l0 {l0s}"
     flags = "" if (site, there) == ("res", "25") else flags  # the preset's
     return f"{site}, layer {here} (paper: {there})", "fpo", flags, paper
-
-
-def ablation_plan(preset: str) -> dict:
-    """{title: lines} of Tables 3, 6 and 7."""
-    layers, alphas = [], []
-    for site, papers in TABLE_3_LAYERS.items():
-        layers += [sae_line(preset, [layer], site, paper) for layer, paper in papers.items()]
-    for alpha, (through, stopped) in TABLE_3_ALPHAS.items():
-        flags = alpha_flags(alpha)
-        alphas.append((f"α = {alpha:g}, no stop-gradient", "fpo", f"{flags} --no_stop_gradient", through))
-        alphas.append((f"α = {alpha:g}, with stop-gradient", "fpo", flags, stopped))
-    return {
-        "Table 3, layer and site": layers,
-        "Table 3, α and stop-gradient": alphas,
-        "Table 6, SimPO + KL": [method_line(method) for method in ("fpo", "simpo_kl", "simpo", "tdpo2")],
-        "Table 7, several layers": [sae_line(preset, layers, "res", p) for layers, p in TABLE_7.items()],
-    }
 
 
 ENTROPIES = ("entropy", "teacher_forced_entropy", "teacher_forced_entropy_all", "paper_entropy")
@@ -369,91 +305,99 @@ TOKENS = ("chosen_largest", "chosen_smallest", "rejected_largest", "rejected_sma
 
 def comparison(args):
     """Table 2 right, Fig. 2 left, Fig. 3, Fig. 4 right: six methods; and FPO over α."""
-    methods = [method_line(method) for method in METHODS]
-    values = [factor * args.alpha for factor in ALPHAS]
-    alphas = [(f"α = {alpha:g}", "fpo", alpha_flags(alpha, args.alpha), ()) for alpha in values]
-    rows = do_lines(args, methods + alphas)
-    tables = {
-        "Table 2, right: accuracy": table(rows, methods, ("train_accuracy", "paper_accuracy", *OURS)),
-        "Table 2, right: entropy": table(rows, methods, ENTROPIES),
-        "Distance from the reference": table(rows, methods, DISTANCES),
-        "FPO by α": table(rows, alphas, ("accuracy", "entropy", *DISTANCES)),
+    methods, alphas = [LINES[method] for method in METHODS], []
+    for alpha in (factor * args.alpha for factor in ALPHAS):
+        flags = "" if alpha == args.alpha else f"--alpha {alpha:g}"
+        alphas.append((f"α = {alpha:g}", "fpo", flags, ()))
+    plan = {
+        "Table 2, right: accuracy": (methods, ("train_accuracy", "paper_accuracy", *OURS)),
+        "Table 2, right: entropy": (methods, ENTROPIES),
+        "Distance from the reference": (methods, DISTANCES),
+        "FPO by α": (alphas, ("accuracy", "entropy", *DISTANCES)),
     }
+    rows = do_lines(args, methods + alphas)
     figures = {"kl": draw_curves(rows, "kl", "KL(ref‖policy) (nats)"), "features": draw_features(rows)}
     figures["mse"] = draw_curves(rows, "mse", "D_FPO (activation²)")
-    publish(args, rows, tables, figures)
+    publish(args, rows, {title: table(rows, *parts) for title, parts in plan.items()}, figures)
 
 
 def equal_size_alpha(rows) -> float:
     """α at which FPO without the SAE ends with FPO's D_FPO: between STATE_ALPHAS' runs, in logarithms."""
     names = ["fpo", *(name_of("no_sae", f"--alpha {alpha:g}") for alpha in STATE_ALPHAS)]
-    wanted, *D = (math.log(statistics.mean(values_of(rows, name, "mse_rejected"))) for name in names)
-    D, alphas = zip(*sorted(zip(D, map(math.log, STATE_ALPHAS), strict=True)), strict=True)
-    return float(f"{math.exp(np.interp(wanted, D, alphas)):.2g}")  # beyond them the nearest
+    wanted, *D = (np.log(statistics.mean(values_of(rows, name, "mse_rejected"))) for name in names)
+    D, alphas = zip(*sorted(zip(D, np.log(STATE_ALPHAS), strict=True)), strict=True)
+    return float(f"{np.exp(np.interp(wanted, D, alphas)):.2g}")  # beyond them the nearest
 
 
 def ablation(args):
     """Tables 3, 6 and 7, by the preset's SAE in every row; then what the review added."""
     if args.preset not in ("toy", "gemma-2-2b"):
         raise data.UserError(f"ablation --preset {args.preset}: Tables 3 and 7 are for toy and gemma-2-2b")
-    plan, methods = ablation_plan(args.preset), [method_line(m) for m in METHODS]
-    parts = [method_line("fpo"), ("no length normalisation", "no_length_norm", "", ())]
+    # ---- lines
+    layers, alphas, methods = [], [], [LINES[method] for method in METHODS]
+    for site, papers in TABLE_3_LAYERS.items():
+        layers += [sae_line(args.preset, [layer], site, paper) for layer, paper in papers.items()]
+    for alpha, (through, stopped) in TABLE_3_ALPHAS.items():
+        flags = "" if alpha == args.alpha else f"--alpha {alpha:g}"
+        alphas.append((f"α = {alpha:g}, no stop-gradient", "fpo", f"{flags} --no_stop_gradient", through))
+        alphas.append((f"α = {alpha:g}, with stop-gradient", "fpo", flags, stopped))
+    several = [sae_line(args.preset, layers, "res", paper) for layers, paper in TABLE_7.items()]
+    parts = [LINES["fpo"], ("no length normalisation", "no_length_norm", "", ())]
     parts += [(f"no SAE, α = {alpha:g}", "no_sae", f"--alpha {alpha:g}", ()) for alpha in STATE_ALPHAS]
     alpha = equal_size_alpha(do_lines(args, parts))
     parts.append((f"no SAE, α = {alpha:g}: FPO's D_FPO", "no_sae", f"--alpha {alpha:g}", ()))
-    rows = do_lines(args, [*itertools.chain(*plan.values()), *parts, *methods])
-    tables = {title: table(rows, lines, MAIN) for title, lines in plan.items()}
-    tables |= {
-        "FPO without its parts": table(rows, parts, (*OURS, *ENTROPIES[:3], "kl_rejected", "mse_rejected")),
-        "The SAE before alignment (SFT) and after": table(rows, methods, SAE_FIT),
-        "log π_θ − log π_ref of a token (nats)": table(rows, methods[1:], TOKENS),
-        "Time of the training steps (s)": table(rows, methods[1:], ("train_seconds", "paper_seconds")),
+    # ---- tables
+    plan = {
+        "Table 3, layer and site": (layers, MAIN),
+        "Table 3, α and stop-gradient": (alphas, MAIN),
+        "Table 6, SimPO + KL": ([LINES[name] for name in ("fpo", "simpo_kl", "simpo", "tdpo2")], MAIN),
+        "Table 7, several layers": (several, MAIN),
+        "FPO without its parts": (parts, (*OURS, *ENTROPIES[:3], "kl_rejected", "mse_rejected")),
+        "The SAE before alignment (SFT) and after": (methods, SAE_FIT),
+        "log π_θ − log π_ref of a token (nats)": (methods[1:], TOKENS),
+        "Time of the training steps (s)": (methods[1:], ("train_seconds", "paper_seconds")),
     }
-    publish(args, rows, tables, {})
+    rows = do_lines(args, [line for lines, _ in plan.values() for line in lines])
+    publish(args, rows, {title: table(rows, *parts) for title, parts in plan.items()}, {})
 
 
 # ---------------------------------------------------------------------------- the frontier
-def accuracy_within(curve: list[dict], key: str, level: float) -> float:
-    """A run's best held-out accuracy at a distance of at most `level`: at or between its evaluations."""
-    found = [point["accuracy"] for point in curve if point[key] <= level]
-    for before, after in itertools.pairwise(curve):
-        if before[key] <= level < after[key]:
-            share = (level - before[key]) / (after[key] - before[key])
-            found.append(before["accuracy"] + share * (after["accuracy"] - before["accuracy"]))
-    return max(found)
-
-
 def best_within(rows, names, key: str, level: float) -> float:
-    """The same of a method's best setting (`names`: those of its runs), by the mean over seeds."""
-    found = []
-    for name in names:
-        curves = [row["curve"] for row in rows if row["name"] == name]
-        found.append(statistics.mean(accuracy_within(curve, key, level) for curve in curves))
-    return max(found)
+    """A method's best held-out accuracy at a distance of at most `level`: that of its best setting.
+
+    names: of its runs, a setting each. Of a run the best counts, at or between its evaluations; of a setting
+    the mean over seeds.
+    """
+    best = {name: [] for name in names}
+    for row in (row for row in rows if row["name"] in best):
+        found = [point["accuracy"] for point in row["curve"] if point[key] <= level]
+        for before, after in itertools.pairwise(row["curve"]):
+            if before[key] <= level < after[key]:
+                ends = ([point[name] for point in (before, after)] for name in (key, "accuracy"))
+                found.append(np.interp(level, *ends))
+        best[row["name"]].append(max(found))
+    return max(map(statistics.mean, best.values()))
 
 
 def compare(rows, settings: dict, key: str) -> tuple[str, dict]:
     """A table of methods at distances that all of them reach, the best at the largest first; and its lines.
 
-    Args:
-        settings: {method: names of its runs}.
+    settings: {method: names of its runs}.
     """
-    reach, found, lines = {}, [], {}
+    reach = {}
     for method, names in settings.items():
         reach[method] = max(point[key] for row in rows if row["name"] in names for point in row["curve"])
     most = min(reach.values())
     levels = [float(f"{share * most:.2g}") for share in (0.03, 0.1, 0.3, 1.0)]
-    columns = [f"accuracy_within_{level:g}" for level in levels]
+    best, lines, curves = [], [], {}
     for method, names in settings.items():
-        best = [best_within(rows, names, key, level) for level in levels]
-        found.append({"name": method, "scores": dict(zip(columns, best, strict=True))})
+        found = {f"accuracy_within_{level:g}": best_within(rows, names, key, level) for level in levels}
+        best.append({"name": method, "scores": found})
+        lines.append((f"{LABELS[method][0]} ({len(names)} settings)", method, "", ()))
         grid = [most / 50 * (50 * reach[method] / most) ** (i / 40) for i in range(41)]
-        lines[method] = grid, [best_within(rows, names, key, level) for level in grid], None
-    ranked = []
-    for row in sorted(found, key=lambda row: row["scores"][columns[-1]], reverse=True):
-        label = f"{LABELS[row['name']][0]} ({len(settings[row['name']])} settings)"
-        ranked.append((label, row["name"], "", ()))
-    return table(found, ranked, columns), lines
+        curves[method] = grid, [[best_within(rows, names, key, level) for level in grid]]
+    lines.sort(key=lambda line: -values_of(best, line[1], list(found)[-1])[0])
+    return table(best, lines, found), curves
 
 
 def frontier(args):
@@ -468,10 +412,11 @@ def frontier(args):
     rows, tables, panels = do_lines(args, lines), {}, []
     keys = {"kl_rejected": "KL of the rejected (nats)", "mse_rejected": "D_FPO of the rejected (activation²)"}
     for key, what in keys.items():
-        tables[f"Held-out accuracy at equal {what}"], lines = compare(rows, settings, key)
-        panels.append(("", what, "accuracy, held out", lines))
-    figure = draw(panels, xscale="log")
+        tables[f"Held-out accuracy at equal {what}"], curves = compare(rows, settings, key)
+        panels.append(("", what, "accuracy, held out", curves))
+    figure = draw(panels)
     for ax, key in zip(figure.axes, keys, strict=True):  # every evaluation, a point
+        ax.set_xscale("log")
         for method, names in settings.items():
             points = [point for row in rows if row["name"] in names for point in row["curve"][1:]]
             x, y = [point[key] for point in points], [point["accuracy"] for point in points]
@@ -481,7 +426,7 @@ def frontier(args):
 
 # ---------------------------------------------------------------------------- the script
 def parse_args(argv=None):
-    """Our flags up to `--`, and train.py's after it, which are checked. Defaults follow from the preset."""
+    """Our flags, and train.py's, which are checked. Defaults follow from the preset."""
     words = list(sys.argv[1:] if argv is None else argv)
     cut = words.index("--") if "--" in words else len(words)
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
@@ -493,18 +438,18 @@ def parse_args(argv=None):
     flag("--steps", type=int, help="of every training (the preset's)")
     flag("--samples", type=int, default=25, help="responses a prompt for the entropy (25)")
     flag("--at_once", type=int, help="runs side by side, a thread each (1, without cards 2)")
-    flag("--ranks", type=int, help="processes of a run, by torchrun (as many as cards; toy 1)")
     flag("--out", help="folder of all runs (runs/PRESET/reproduce)")
     flag("--assets", default="assets", help="folder of results.json, tables and figures (assets)")
     args = parser.parse_args(words[:cut])
-    toy, args.train_flags = args.preset == "toy", words[cut + 1 :]
-    cards = 0 if toy else torch.cuda.device_count()
+    is_toy, args.train_flags = args.preset == "toy", words[cut + 1 :]
     args.train_flags += ["--steps", str(args.steps)] if args.steps else []
+    cards = 0 if is_toy else torch.cuda.device_count()
+    many = f" -m torch.distributed.run --standalone --nproc_per_node {cards}"
+    args.python, args.at_once = "python" + many * (cards > 1), args.at_once or (1 if cards else 2)
     args.seeds = args.seeds or ([0, 1] if args.task == "frontier" else [0, 1, 2])
-    args.eval_every = 200 if not toy else 10 if args.task == "frontier" else 25
-    args.at_once, args.ranks = args.at_once or (1 if cards else 2), args.ranks or max(1, cards)
+    args.eval_every = 200 if not is_toy else 10 if args.task == "frontier" else 25
     args.out = args.out or f"runs/{args.preset}/reproduce"
-    args.start = args.model or ("runs/toy/model" if toy else f"runs/{args.preset}/sft/model")
+    args.start = args.model or ("runs/toy/model" if is_toy else f"runs/{args.preset}/sft/model")
     args.alpha = train.parse_args(["--preset", args.preset, "--model", args.start, *args.train_flags]).alpha
     args.began, args.done = time.perf_counter(), 0  # done: runs that this call did
     return args
@@ -512,14 +457,12 @@ def parse_args(argv=None):
 
 def main(argv=None):
     """What all runs start from, where it is missing; then the runs, the tables and the figures."""
-    args, first = parse_args(argv), None
+    args = parse_args(argv)
     if args.preset == "toy":
-        first = "toy.py --out runs/toy" + (" --all_saes" if args.task == "ablation" else "")
+        toy.make_world("runs/toy", all_saes=args.task == "ablation")
     elif not args.model and not Path(args.start).is_dir():
-        first = f"-m torch.distributed.run --standalone --nproc_per_node {args.ranks} train.py --method sft "
-        first += f"--preset {args.preset}"
-    if first:
-        subprocess.run([sys.executable, *first.split()], check=True)
+        sft = f"{args.python} train.py --method sft --preset {args.preset}"
+        subprocess.run([sys.executable, *sft.split()[1:]], check=True)
     {"comparison": comparison, "ablation": ablation, "frontier": frontier}[args.task](args)
 
 

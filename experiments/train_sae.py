@@ -8,8 +8,8 @@ and the share of dead features. The file has Gemma Scope's layout, as train.py t
 
 What to look at: FVU well below 1 (0.2 or less) at an L0 that is small beside the width. If L0 is too large,
 raise --l0_weight; if FVU is, lower it, or give more tokens and steps. An `error` in the bar (the FVU of a
-batch that it trains on) far below the held-out FVU means too few tokens. Many dead features mean too large a
-width or --lr.
+batch that it trains on) far below the held-out FVU means too few tokens; many dead features: too large a
+width.
 """
 
 import argparse
@@ -19,7 +19,6 @@ import torch
 from tqdm import tqdm
 
 import data
-from fpo import attention_mask
 from sae import MODULES, JumpReLUSAE, SiteHook
 from toy import sae_figures, train_sae, write_sae
 from train import load_lm, refuse
@@ -38,18 +37,14 @@ def choose_pairs(pairs, tokens):
 
 
 @torch.no_grad()
-def read_states(lm, pairs, indices, layer, site, title, max_tokens=4096):
+def read_states(lm, pairs, indices, layer, site, max_tokens=4096):
     """States (n, d) that predict the response tokens of some pairs: what an SAE of the site reads."""
-    # A shared row computes the prompt once for both responses; flex_attention works in blocks of 128.
-    rows = {"layout": "shared", "row_multiple": 128 if lm.device.type == "cuda" else 1}
-    groups = data.micro_batches(indices, pairs.row_lengths("shared"), 1, max_tokens=max_tokens)
-    states = []
+    groups, states = data.micro_batches(indices, pairs.row_lengths("separate"), 1, max_tokens=max_tokens), []
     with SiteHook(lm, layer, site) as hook:
-        for group in tqdm(groups, desc=title):
-            batch = data.collate(pairs, group, **rows).to(lm.device)
-            mask = attention_mask(batch, lm.config.get_text_config(), lm.dtype)
-            inputs = {"input_ids": batch.tokens, "position_ids": batch.positions, "attention_mask": mask}
-            lm.model(**inputs, use_cache=False)  # without the head: no logits
+        for group in tqdm(groups, desc="states"):
+            batch = data.collate(pairs, group).to(lm.device)
+            # Padding is on the right, where a causal model never sees it. Without the head: no logits.
+            lm.model(input_ids=batch.tokens, use_cache=False)
             states.append(hook.value.flatten(0, 1)[batch.state])
     return torch.cat(states)
 
@@ -61,9 +56,8 @@ def train_centred(states, **settings):
     Changes `states` in place.
     """
     mean = states.mean(0)
-    arrays = train_sae(states.sub_(mean), **settings)
+    arrays, mean = train_sae(states.sub_(mean), **settings), mean.cpu()
     # (h - mean) W_enc + b_enc = h W_enc + (b_enc - mean W_enc)
-    mean = mean.cpu()
     arrays["b_enc"] -= mean @ arrays["W_enc"]
     arrays["b_dec"] += mean
     return arrays
@@ -80,9 +74,7 @@ def parse_args(argv=None):
     add("--out", required=True, help="folder that the SAE goes into")
     add("--site", default="res", choices=MODULES, help="residual stream, MLP or attention (res)")
     add("--tokens", type=int, default=200_000, help="response tokens, a tenth of them held out (200000)")
-    add("--steps", type=int, default=2000, help="of --batch_size states each (2000)")
-    add("--batch_size", type=int, default=256, help="states to a step (256)")
-    add("--lr", type=float, default=3e-3, help="learning rate (3e-3)")
+    add("--steps", type=int, default=2000, help="of 256 states each (2000)")
     add("--l0_weight", type=float, default=1e-3, help="what an active feature costs, in variances (1e-3)")
     return parser.parse_args(argv)
 
@@ -91,27 +83,21 @@ def main(argv=None):
     """Reads states, trains an SAE on them, judges it on held-out ones, and writes it."""
     args = parse_args(argv)
     data.check_output("out", args.out, folder=True)
-    if min(args.width, args.tokens, args.steps, args.batch_size, args.lr) <= 0 or args.l0_weight < 0:
-        refuse("width, tokens, steps, batch_size and lr must be above 0, l0_weight not below")
+    if min(args.width, args.tokens, args.steps) < 1 or args.l0_weight < 0:
+        refuse("--width, --tokens, --steps: must be at least 1; --l0_weight: at least 0")
     device = data.start_processes()
     tokenizer, lm = data.load_tokenizer(args.model), load_lm(args.model, device).eval()
     try:
         SiteHook(lm, args.layer, args.site).remove()
     except ValueError as error:
         refuse(f"--layer {args.layer}: {error}")
-
-    # Attention that is exact for any mask and costs least; only a softcap needs load_lm's own.
-    if getattr(lm.config.get_text_config(), "attn_logit_softcapping", None) is None:
-        lm.set_attn_implementation("sdpa")
     pairs = data.load_pairs(args.dataset, tokenizer)
     train, held_out = choose_pairs(pairs, args.tokens)
-    states = read_states(lm, pairs, train, args.layer, args.site, "states to train on")
-    others = read_states(lm, pairs, held_out, args.layer, args.site, "held-out states")
+    states, others = (read_states(lm, pairs, i, args.layer, args.site) for i in (train, held_out))
     del lm
     print(f"{len(states):,} states of {len(train)} pairs to train on, {len(others):,} of others held out")
 
-    settings = {"width": args.width, "steps": args.steps, "batch": args.batch_size, "lr": args.lr}
-    arrays = train_centred(states, **settings, l0_weight=args.l0_weight)
+    arrays = train_centred(states, width=args.width, steps=args.steps, lr=3e-3, l0_weight=args.l0_weight)
     figures = sae_figures(JumpReLUSAE(**arrays).to(device), others)
     with data.writing(args.out, keep=True):
         path = write_sae(args.out, arrays, args.layer, args.site, figures["l0"])

@@ -28,14 +28,16 @@ def answers(tmp_path, monkeypatch):
     lm.save_pretrained("lm")
     TOKENIZER.save_pretrained("lm")
 
-    def ask(kind, questions, *flags, file="ours"):
+    def ask(kind, questions, flags=""):
         ending, text = ".jsonl", "\n".join(map(json.dumps, questions))
         if kind == "alpaca_eval":
             ending, text = ".json", json.dumps(questions)
         (tmp_path / f"q{ending}").write_text(text)
-        words = f"--kind {kind} --model lm --questions q{ending} --out ours{ending} --max_new_tokens 12"
-        benchmarks.main([*words.split(), *flags])
-        text = (tmp_path / f"{file}{ending}").read_text()
+        words = (
+            f"--kind {kind} --model lm --questions q{ending} --out ours{ending} --max_new_tokens 12 {flags}"
+        )
+        benchmarks.main(words.split())
+        text = (tmp_path / f"ours{ending}").read_text()
         return json.loads(text) if ending == ".json" else [json.loads(line) for line in text.splitlines()]
 
     return lm, ask
@@ -52,8 +54,8 @@ def greedy(lm, text):
 def test_answers_in_each_benchmarks_format(answers):
     lm, ask = answers
     told = {x: greedy(lm, f"<u> {x}") for x in ("w10 w9", "w20 w21", "w20")}
-    found = ask("alpaca_eval", ALPACA, "--temperature", "0", "1", file="ours_t0")
-    assert found == [{**ALPACA[0], "output": told["w10 w9"], "generator": "ours_t0"}]
+    found = ask("alpaca_eval", ALPACA, "--temperature 0")
+    assert found == [{**ALPACA[0], "output": told["w10 w9"], "generator": "ours"}]
     new, _ = ask("arena_hard", ARENA)  # greedy by itself
     assert {*new} == {"uid", "ans_id", "model", "messages", "tstamp"} and new["model"] == "ours"
     said = {"role": "assistant", "content": {"answer": told["w20 w21"]}}
@@ -65,7 +67,7 @@ def test_answers_in_each_benchmarks_format(answers):
 def test_second_turn_follows_the_models_own_first(answers):
     """Greedy by hand over the whole talk; the first turn's end stands once, between answer and question."""
     lm, ask = answers
-    records = ask("mt_bench", MT, "--temperature", "0")
+    records = ask("mt_bench", MT, "--temperature 0")
     for question, record in zip(MT, records, strict=True):
         opening, then = (f"<u> {turn}" for turn in question["turns"])
         first = greedy(lm, opening)
@@ -74,7 +76,7 @@ def test_second_turn_follows_the_models_own_first(answers):
         assert record["choices"] == [{"index": 0, "turns": [first, second]}]
         assert record["question_id"] == question["question_id"] and record["model_id"] == "ours"
     # Without a temperature, the benchmark's own: math is greedy, writing is not.
-    seeds = [ask("mt_bench", MT, "--seed", str(seed)) for seed in range(3)]
+    seeds = [ask("mt_bench", MT, f"--seed {seed}") for seed in range(3)]
     assert all(maths["choices"] == records[1]["choices"] for _, maths in seeds)
     assert len({str(writing["choices"]) for writing, _ in seeds}) > 1
 

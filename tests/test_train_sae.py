@@ -3,7 +3,6 @@
 import re
 import shutil
 
-import numpy as np
 import pytest
 import torch
 from conftest import make_lm, make_pairs
@@ -28,21 +27,20 @@ def test_every_tenth_pair_is_held_out_and_the_tokens_are_enough():
 @pytest.mark.parametrize("layer, site", [(3, "res"), (1, "mlp")])
 def test_states_are_those_before_the_response_tokens_of_each_response(layer, site):
     lm, pairs, indices = make_lm(), make_pairs(8), [5, 0, 2, 7, 6]
-    h = train_sae.read_states(lm, pairs, indices, layer, site, "test", max_tokens=60)
+    h = train_sae.read_states(lm, pairs, indices, layer, site, max_tokens=60)
     block, seen = lm.model.layers[layer], []
     module = block if site == "res" else block.post_feedforward_layernorm
     module.register_forward_hook(lambda module, args, output: seen.append(output))
-    expected = []
     for i in indices:
         prompt, *responses = pairs[i]
         for response in responses:  # each in a row of its own
             with torch.no_grad():
                 lm(torch.cat([prompt, response])[None])
-            expected.append(seen[-1][0, len(prompt) - 1 : -1])
+            seen.append(seen.pop()[0, len(prompt) - 1 : -1])
     # The order is the batches': sort both by the same projection.
-    expected, axis = torch.cat(expected), torch.linspace(-1, 2, h.shape[1])
-    in_order = [states[(states @ axis).argsort()] for states in (h, expected)]
-    assert len(h) == len(expected) and torch.allclose(*in_order, atol=1e-3)
+    axis = torch.linspace(-1, 2, h.shape[1])
+    ours, theirs = (states[(states @ axis).argsort()] for states in (h, torch.cat(seen)))
+    assert len(ours) == len(theirs) and torch.allclose(ours, theirs, atol=1e-3)
 
 
 def test_a_constant_in_the_states_changes_biases_alone():
@@ -70,18 +68,13 @@ def test_from_a_model_and_pairs_to_the_next_command(world, tmp_path, monkeypatch
     )
     l0, fvu, _ = (float(number) for number in re.findall(r"\d+\.\d+", figures))
     assert path == f"my sae/layer_2/width_128/average_l0_{round(l0)}/params.npz"
-
-    # What it prints, recomputed: it is of the pairs held out.
-    sae = load_sae("my sae", layer=2, width="128")
+    # What it prints is of the pairs held out.
     lm = AutoModelForCausalLM.from_pretrained("mine", attn_implementation="eager")
     pairs = load_pairs("pairs.jsonl", AutoTokenizer.from_pretrained("mine"))
-    _, held_out = train_sae.choose_pairs(pairs, 4000)
-    h = train_sae.read_states(lm, pairs, held_out, 2, "res", "test").double().numpy()
-    z = h @ sae.W_enc.double().numpy() + sae.b_enc.numpy()
-    c = np.where(z > sae.threshold.numpy(), z, 0)
-    error = ((c @ sae.W_dec.double().numpy() + sae.b_dec.numpy() - h) ** 2).sum()
-    assert (c > 0).sum(1).mean() == pytest.approx(l0, abs=0.06)
-    assert error / ((h - h.mean(0)) ** 2).sum() == pytest.approx(fvu, abs=0.002) and fvu < 0.3
-
+    h = train_sae.read_states(lm, pairs, train_sae.choose_pairs(pairs, 4000)[1], 2, "res")
+    c = (sae := load_sae("my sae", layer=2, width="128")).encode(h)
+    error = (sae.decode(c) - h).square().sum() / (h - h.mean(0)).square().sum()
+    assert (c > 0).sum(1).double().mean().item() == pytest.approx(l0, abs=0.06)
+    assert error.item() == pytest.approx(fvu, abs=0.002) and fvu < 0.3
     with pytest.raises(UserError, match="--layer 4"):
         train_sae.main([*flags, "--layer", "4"])
