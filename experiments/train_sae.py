@@ -1,6 +1,6 @@
 """An SAE for one's own model: a JumpReLU SAE trained on the model's states at the responses of real pairs.
 
-    python -m experiments.train_sae --model MODEL --dataset pairs.jsonl --layer 29 --width 2048 --out runs/sae
+    python -m experiments.train_sae --model MODEL --dataset pairs.jsonl --width 2048 --out runs/sae
 
 The states are those that D_FPO reads (Eq. 10): at each response token, chosen and rejected, the state that
 predicts it. Every tenth pair is held out, and judges the SAE: L0, the fraction of variance unexplained (FVU)
@@ -42,7 +42,10 @@ def read_states(lm, pairs, indices, layer, site, max_tokens=4096):
     groups, states = data.micro_batches(indices, pairs.row_lengths("separate"), 1, max_tokens=max_tokens), []
     with SiteHook(lm, layer, site) as hook:
         for group in tqdm(groups, desc="states"):
-            batch = data.collate(pairs, group).to(lm.device)
+            # flex_attention works in blocks of 128.
+            batch = data.collate(pairs, group, row_multiple=128 if lm.device.type == "cuda" else 1).to(
+                lm.device
+            )
             # Padding is on the right, where a causal model never sees it. Without the head: no logits.
             lm.model(input_ids=batch.tokens, use_cache=False)
             states.append(hook.value.flatten(0, 1)[batch.state])
@@ -69,7 +72,7 @@ def parse_args(argv=None):
     parser.error, add = refuse, parser.add_argument
     add("--model", required=True, help="Hugging Face directory or repo: best what training starts from")
     add("--dataset", required=True, help="preference pairs, as train.py takes them: best the training pairs")
-    add("--layer", type=int, required=True, help="from 0; the paper reads the last one")
+    add("--layer", type=int, help="from 0 (the last one, as in the paper)")
     add("--width", type=int, required=True, help="number of features m; 2 to 8 times the hidden size")
     add("--out", required=True, help="folder that the SAE goes into")
     add("--site", default="res", choices=MODULES, help="residual stream, MLP or attention (res)")
@@ -87,6 +90,8 @@ def main(argv=None):
         refuse("--width, --tokens, --steps: must be at least 1; --l0_weight: at least 0")
     device = data.start_processes()
     tokenizer, lm = data.load_tokenizer(args.model), load_lm(args.model, device).eval()
+    if args.layer is None:
+        args.layer = lm.config.get_text_config().num_hidden_layers - 1
     try:
         SiteHook(lm, args.layer, args.site).remove()
     except ValueError as error:
@@ -106,7 +111,7 @@ def main(argv=None):
     words = ["python", "train.py", "--method", "fpo", "--model", args.model, "--sae", args.out]
     words += ["--sae_layer", str(args.layer), "--sae_width", path.parts[-3].removeprefix("width_")]
     words += ["--sae_site", args.site] if args.site != "res" else []
-    print(f"next: {shlex.join([*words, '--dataset', args.dataset])}")
+    print(f"next: {shlex.join([*words, '--dataset', args.dataset, '--eval_dataset', 'HELD_OUT'])}")
 
 
 if __name__ == "__main__":

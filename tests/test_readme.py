@@ -6,18 +6,19 @@ python tests/test_readme.py     renews line links and tables of results
 import argparse
 import contextlib
 import importlib
-import inspect
 import io
 import json
+import os
 import re
 import shlex
+import shutil
 import statistics
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -173,55 +174,27 @@ def test_snippet_runs():
     assert float(re.search(r"[\d.]+", out.getvalue())[0]) == pytest.approx(0.6758, abs=1e-4)
 
 
-def copy(name):
-    """A function of losses.py from its source alone, in a module that has torch and F and nothing else."""
-    import losses
-
-    fresh = {"torch": torch, "F": F}
-    exec(inspect.getsource(getattr(losses, name)), fresh)
-    return fresh[name]
-
-
-LOSSES = ["sft_loss", "dpo_loss", "simpo_loss", "simpo_kl_loss", "tdpo1_loss", "tdpo2_loss", "fpo_loss"]
-
-
-@pytest.mark.parametrize("name", LOSSES)
-def test_copied_loss_in_another_trainers_step(name):
-    """A batch of padded logits and Hugging Face labels, an optimizer: the loss falls over a few steps."""
-    torch.manual_seed(0)
-    B, T, V, m = 4, 7, 11, 12
-    labels = torch.randint(V, (2 * B, T))
-    labels[:, :2], labels[1, 5:] = -100, -100  # the prompt; padding
-    body, head = torch.nn.Embedding(T, 16), torch.nn.Linear(16, V)
-    sequence_logps, sequential_kl = copy("sequence_logps"), copy("sequential_kl")
-    pool, feature_mse, loss_of = copy("pool_features"), copy("feature_mse"), copy(name)
-    encode = torch.randn(16, m)
-    position = torch.arange(T).expand(2 * B, T)
-    with torch.no_grad():
-        reference = head(body(position))
-        old_features = pool((body(position) @ encode).relu(), labels != -100)
-    optimizer = torch.optim.SGD([*body.parameters(), *head.parameters()], lr=0.5)
-    with torch.no_grad():  # away from the reference, so that every term is at work
-        head.weight += 0.1 * torch.randn_like(head.weight)
-    history = []
-    for _ in range(12):
-        h = body(position)
-        logits = head(h)
-        (w, l), (n_w, n_l) = (x.chunk(2) for x in sequence_logps(logits, labels))
-        ref_w, ref_l = sequence_logps(reference, labels)[0].chunk(2)
-        kl = sequential_kl(logits, reference, labels).chunk(2)
-        mse = feature_mse(pool((h @ encode).relu(), labels != -100), old_features, k=4).chunk(2)
-        there = {"policy_chosen_logps": w, "policy_rejected_logps": l, "logps": w, "lengths": n_w}
-        there |= {"reference_chosen_logps": ref_w, "reference_rejected_logps": ref_l}
-        there |= {"chosen_lengths": n_w, "rejected_lengths": n_l, "chosen_kl": kl[0], "rejected_kl": kl[1]}
-        there |= {"chosen_mse": mse[0], "rejected_mse": mse[1], "beta": 0.5, "alpha": 0.5, "gamma": 0.5}
-        wanted = inspect.signature(loss_of).parameters
-        loss = loss_of(**{key: value for key, value in there.items() if key in wanted}).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        history.append(loss.item())
-    assert history[-1] < history[0] - 0.01 and torch.tensor(history).isfinite().all()
+def test_any_model_in_three_commands(world, tmp_path):
+    """An SAE, FPO, scores: the README's commands with fewer steps, on the toy's files under other names."""
+    shutil.copytree(world / "model", tmp_path / "MODEL")
+    for name, copied in (("train", "pairs"), ("test", "held_out")):
+        shutil.copy(world / f"{name}.jsonl", tmp_path / f"{copied}.jsonl")
+    shorter = {"train_sae": "--width 128 --steps 200 --tokens 4000", "fpo": "--steps 3 --eval_every 0"}
+    shorter |= {"eval_diversity.py": "--samples 1 --prompts 3 --bootstrap 0"}
+    commands = [
+        line for kind, text in BLOCKS if kind == "bash" for line in text.splitlines() if "MODEL" in line
+    ]
+    assert len(commands) == len(shorter)
+    for command, (what, flags) in zip(commands, shorter.items(), strict=True):
+        assert what in command
+        words = [str(ROOT / word) if word.endswith(".py") else word for word in shlex.split(command)[1:]]
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [sys.executable, *words, *flags.split()], cwd=tmp_path, env=env, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+    scores = dict(re.findall(r"^(\w+) +([\d.]+)", done.stdout, flags=re.M))
+    assert float(scores["mse_rejected"]) > 0 and 0 < float(scores["reward_accuracy"]) < 1
 
 
 if __name__ == "__main__":

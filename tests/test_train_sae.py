@@ -64,7 +64,7 @@ def test_from_a_model_and_pairs_to_the_next_command(world, tmp_path, monkeypatch
     *_, figures, path, command = capsys.readouterr().out.splitlines()
     assert command == (
         "next: python train.py --method fpo --model mine --sae 'my sae' --sae_layer 2 --sae_width 128 "
-        "--dataset pairs.jsonl"
+        "--dataset pairs.jsonl --eval_dataset HELD_OUT"
     )
     l0, fvu, _ = (float(number) for number in re.findall(r"\d+\.\d+", figures))
     assert path == f"my sae/layer_2/width_128/average_l0_{round(l0)}/params.npz"
