@@ -329,7 +329,7 @@ def main(settings: Settings | None = None):
     for title, part in (("", scores), ("train ", scores.get("train", {}))):
         for name in (name for name, value in part.items() if main_rank and isinstance(value, float)):
             low_high = part.get("intervals", {}).get(name, ())
-            print(f"{title + name:<34}{part[name]:>10.4f}  ", *(f"{end:>9.4f}" for end in low_high))
+            print(f"{title + name:<34}{part[name]:>10.4g}  ", *(f"{end:>10.4g}" for end in low_high))
     if main_rank and settings.json:
         data.write_json(settings.json, scores | {"made_by": data.made_by()})
     if dist.is_initialized():

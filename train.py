@@ -831,7 +831,7 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
             data.write_json(out / "scores.json", {"before": before, "after": after})
             print(f"\n{'held-out':<30}{'before':>10}{'after':>10}")
             for name, value in after.items():
-                print(f"{name:<30}{before[name]:>10.4f}{value:>10.4f}")
+                print(f"{name:<30}{before[name]:>10.4g}{value:>10.4g}")
             print(f"{out}: model, metrics.jsonl, config.json, scores.json\nwhat its samples tell:")
             print(f"python eval_diversity.py --model {out / 'model'} --reference {config.reference}")
     if dist.is_initialized():

@@ -193,7 +193,7 @@ def test_any_model_in_three_commands(world, tmp_path):
             [sys.executable, *words, *flags.split()], cwd=tmp_path, env=env, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr
-    scores = dict(re.findall(r"^(\w+) +([\d.]+)", done.stdout, flags=re.M))
+    scores = dict(re.findall(r"^(\w+) +(\S+)", done.stdout, flags=re.M))
     assert float(scores["mse_rejected"]) > 0 and 0 < float(scores["reward_accuracy"]) < 1
 
 
