@@ -1,8 +1,8 @@
 """What a step costs on a card that is not there: FLOPs by part, bytes moved, and the least time for both.
 
-The real layers, head and SAE run over fake tensors. Matrix products and attention run at the card's peak for
-their dtype, which hides the bytes that they move; all else moves bytes at the speed of the card's memory, and
-communication is hidden. Bytes are counted in three ways:
+The real layers, head and SAE run over fake tensors. Products and attention run at the card's peak for their
+dtype, which hides the bytes that they move, as communication is hidden; all else moves bytes at the speed of
+the card's memory. Bytes are counted in three ways:
 
     eager      each operation reads its inputs and writes its outputs
     compiled   in the layers, the operations between two products are one kernel: it reads what was made
@@ -37,14 +37,10 @@ UPDATE = {"adam": (162, 162, 26), "rmsprop": (142, 142, 18)}
 FREE = ("index", "embedding", "empty", "_unsafe_view")
 
 
-def addmm_flops(_, a, b, **__) -> int:
-    """FLOPs of x.addmm_(a, b), by shapes."""
-    return 2 * a[0] * a[1] * b[1]
-
-
 def flop_counter():
-    """torch's, with the product that it leaves out."""
-    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flops})
+    """torch's, with the product that it leaves out, x.addmm_(a, b), by shapes."""
+    missing = {torch.ops.aten.addmm_: lambda _, a, b, **__: 2 * a[0] * a[1] * b[1]}
+    return FlopCounterMode(display=False, custom_mapping=missing)
 
 
 class Counter(TorchDispatchMode):
@@ -115,12 +111,11 @@ def body_cost(config, tokens):
         with FakeTensorMode():
             lm = AutoModelForCausalLM.from_config(type(config)(**shallow), **options)
             place = torch.zeros(tokens.shape, dtype=torch.int64)
-            inputs = {"input_ids": place, "position_ids": place, "use_cache": False}
-            inputs["attention_mask"] = dict.fromkeys(("full_attention", "sliding_attention"))
+            masks = dict.fromkeys(("full_attention", "sliding_attention"))
             with flop_counter() as flops, Counter() as counter:
-                out = lm.model(**inputs).last_hidden_state
+                out = lm.model(place, attention_mask=masks, position_ids=place, use_cache=False)
                 forward = so_far(flops, counter)
-                out.backward(torch.empty_like(out))
+                out.last_hidden_state.backward(torch.empty_like(out.last_hidden_state))
                 costs.append(np.stack([forward, so_far(flops, counter) - forward]))
     layer = costs[1] - costs[0]
     return *(costs[0] + (config.num_hidden_layers - 1) * layer), config.num_hidden_layers * layer[0]
@@ -150,10 +145,10 @@ def head_cost(config, N, held):
 @torch.no_grad()
 def sae_cost(config, N, m, responses):
     """The pooled features of N tokens; the backward's products have the sizes of the forward's."""
+    d = config.hidden_size
     with FakeTensorMode(), flop_counter() as flops, Counter() as counter:
-        sae = SimpleNamespace(W_enc=torch.empty(config.hidden_size, m), b_enc=torch.empty(m))
-        sae.threshold, owner = torch.empty(m), torch.zeros(N, dtype=torch.int64)
-        states = torch.empty(N, config.hidden_size, dtype=torch.bfloat16)
+        sae = SimpleNamespace(W_enc=torch.empty(d, m), b_enc=torch.empty(m), threshold=torch.empty(m))
+        states, owner = torch.empty(N, d, dtype=torch.bfloat16), torch.zeros(N, dtype=torch.int64)
         scale.pooled_features(states, sae, owner, torch.ones(responses))
     return 2 * so_far(flops, counter)
 
@@ -177,31 +172,24 @@ def step_cost(config, batch, *, method, rule, ranks, checkpointing, sae_width):
     }
 
 
-def least_seconds(costs, card) -> dict:
-    """{way: least time of a step}, by a card of CARDS. The SAE's products are float32, all others bf16."""
-    dtypes = dict.fromkeys(costs, "bfloat16") | {"SAE": "float32"}
-    products = sum(cost[0] / card[dtypes[part]] for part, cost in costs.items())
-    return {way: products + sum(costs.values())[1 + i] / card["memory"] for i, way in enumerate(WAYS)}
-
-
 def tables(args, batch, method) -> dict:
     """A method's step as two tables, lists of rows: the parts' FLOPs and bytes, and what each card allows.
 
-    args: of bench.py, completed by a shape. N parameters and T tokens make 6NT FLOPs, 8NT with checkpointing.
+    args: of bench.py. N parameters and T tokens make 6NT FLOPs, 8NT with checkpointing.
     """
     options = {"rule": args.rule, "ranks": args.rank_of, "sae_width": args.sae_width}
     costs = step_cost(args.config, batch, method=method, checkpointing=args.checkpointing, **options)
-    NT = parameters_of(args.config)[0] * batch.tokens.numel()
+    NT, total = parameters_of(args.config)[0] * batch.tokens.numel(), sum(costs.values())
     parts, bounds = [], []
-    for part, cost in (costs | {"sum": sum(costs.values())}).items():
-        flops, *ways = cost.tolist()
-        parts.append(
-            {"part": part, "TFLOP": flops / 1e12, "/ 6NT": flops / (6 * NT), "/ 8NT": flops / (8 * NT)}
-        )
+    for part, (flops, *ways) in (costs | {"sum": total}).items():
+        parts.append({"part": part, "TFLOP": flops / 1e12})
+        parts[-1] |= {f"/ {n}NT": flops / (n * NT) for n in (6, 8)}
         parts[-1] |= {f"GB {way}": size / 1e9 for way, size in zip(WAYS, ways, strict=True)}
     for name, card in CARDS.items():
-        for way, s in least_seconds(costs, card).items():
-            bounds.append(
-                {"card": name, "way": way, "least ms": 1e3 * s, "MFU": 6 * NT / s / card["bfloat16"]}
-            )
+        dtypes = dict.fromkeys(costs, "bfloat16") | {"SAE": "float32"}  # of the products
+        products = sum(cost[0] / card[dtypes[part]] for part, cost in costs.items())
+        for way, moved in zip(WAYS, total[1:], strict=True):
+            s = products + moved / card["memory"]
+            mfu = 6 * NT / s / card["bfloat16"]
+            bounds.append({"card": name, "way": way, "least ms": 1e3 * s, "MFU": mfu})
     return {"by part": parts, "at a card's limits": bounds}

@@ -2,8 +2,8 @@
 
     python -m experiments.plan          a table: Gemma-2-2B and 9B, 4 ranks, 8 rows on each
 
-Bytes are counted, not measured: what a step of this code holds on CUDA, uncompiled (compiled layers keep
-less). The peak is what always lies there, and the largest of four moments, which never coexist:
+Bytes are counted, not measured: what a step holds on CUDA, uncompiled (compiled layers keep less). The peak
+is what always lies there, and the largest of four moments:
 
     head          what all layers keep for the backward, the head's float32 blocks, the head's gradient
     last layer    what all layers keep, one layer made again with its widest operation, the head's gradient
@@ -45,8 +45,8 @@ def plan(
     P, layer = parameters_of(config)
     d, depth, E = config.hidden_size, config.num_hidden_layers, config.vocab_size * config.hidden_size
     N, fsdp, held = tokens * response_share, shard == "fsdp", method in NEEDED
-    stored = 4 if fsdp else 2  # bytes of a weight between steps, and of its gradient
-    parts = ranks if fsdp else 1  # that weights and gradients are divided into
+    # Bytes of a weight between steps, and of its gradient; the parts that both are divided into.
+    stored, parts = (4, ranks) if fsdp else (2, 1)
     states = {"adam": 8, "rmsprop": 4}[rule] + (0 if fsdp else 2)  # 2: the rest of a bf16 weight's master
     resident = {"weights": P * stored / parts, "optimizer": P * states / (1 if shard == "none" else ranks)}
     if held:  # FSDP2 divides the reference's layers, not its embedding
@@ -56,9 +56,8 @@ def plan(
     if fsdp:  # the embedding stays whole; of layers one, its gradient, and the next
         resident["in flight"] = 2 * E + 3 * 2 * layer
     # DDP's buckets hold all gradients, always; FSDP2's come layer by layer, the embedding's last.
-    before = after = P * stored / parts
-    if fsdp and micro_batches == 1:
-        before, after = 0, (P - E) * stored / parts
+    late = fsdp and micro_batches == 1
+    before, after = (0 if late else P * stored / parts), (P - E if late else P) * stored / parts
     kept, widest = (tokens * size for size in layer_bytes(config, row_tokens))
     inputs = depth * (tokens * d * 2 if checkpointing else kept)
     again = kept + widest if checkpointing else widest
@@ -82,14 +81,12 @@ def layer_bytes(config, row_tokens):
     """Bytes a token that a Gemma-2 layer keeps for its backward, and that its widest operation takes on top.
 
     In bf16. Four RMSNorms keep input and output in float32, the MLP four tensors of its width, attention
-    queries, keys, values and output; eager also keys and values for every head, and of each score its tanh,
-    and the softmax in float32 and bf16.
+    queries, keys, values, output; eager also keys and values a head, each score's tanh, two softmaxes.
     """
     d, f = config.hidden_size, config.intermediate_size
     q, kv = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-    scores = 0
-    if config._attn_implementation != "flex_attention":
-        scores, kv = config.num_attention_heads * row_tokens, q
+    eager = config._attn_implementation != "flex_attention"
+    scores, kv = (config.num_attention_heads * row_tokens, q) if eager else (0, kv)
     return 32 * d + 2 * (2 * d + 4 * f + 2 * q + 2 * kv) + 8 * scores, max(6 * f, 8 * scores)
 
 

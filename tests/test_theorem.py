@@ -1,4 +1,4 @@
-"""experiments/theorem.py: the theorem's chain by hand, by hypothesis, on a toy run; the departures."""
+"""experiments/theorem.py: the theorem's chain by hand, by hypothesis, and on a toy run."""
 
 import json
 import math
@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 
 import fpo
-import losses
-from data import UserError
+from data import collate
 from experiments import theorem
 from sae import JumpReLUSAE
 
@@ -68,17 +67,12 @@ def test_the_heads_own_change_is_counted():
     assert found["whole"].item() == pytest.approx(moved**2 / 2, rel=1e-6)
 
 
-def test_m_alone_bounds_nothing():
-    """h a thousand times smaller gives the same logits: M says a millionth of before, less than the KL."""
-    head = make_head(E_HAND)
-    found = bounds_of(head, head, exact_sae(2), H_REF / 1000, H / 1000)
-    assert found["theorem"].item() == pytest.approx(2e-6, rel=1e-4)
-    assert found["theorem"] < found["kl"] < found["norm"]
-
-
-def test_without_accurate_reconstruction_features_bound_nothing():
-    """An SAE with nothing active: Δc = 0 and e = h. Only the bound that counts Δe holds."""
+def test_where_the_theorem_fails():
+    """h a thousand times smaller: the same logits, M's bound a millionth. A blind SAE: Δc = 0, e = h."""
     sae, head = exact_sae(2), make_head(E_HAND)
+    small = bounds_of(head, head, sae, H_REF / 1000, H / 1000)
+    assert small["theorem"].item() == pytest.approx(2e-6, rel=1e-4)
+    assert small["theorem"] < small["kl"] < small["norm"]
     blind = JumpReLUSAE(sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, torch.full((4,), 100.0))
     found = bounds_of(head, head, blind, H_REF, H)
     assert found["theorem"] == found["norm"] == 0 < found["kl"] < found["whole"]
@@ -105,8 +99,6 @@ def test_what_is_proved_holds(seed, step, cap):
 
 
 def test_spectral_norms():
-    A, B = torch.tensor([[3.0, 0], [0, 1], [0, 0]]), torch.tensor([[0.0, 2], [1, 0]])
-    assert theorem.spectral_norm(A, B).item() == pytest.approx(3.0)  # A Bᵀ = [[0, 3], [2, 0], [0, 0]]
     reference, policy, sae = nudge(make_lm(), 0.1, seed=2), nudge(make_lm()), make_sae()
     found = theorem.weight_norms(reference, policy, sae)
     E = [lm.model.embed_tokens.weight.detach() for lm in (reference, policy)]
@@ -116,96 +108,56 @@ def test_spectral_norms():
         assert found[name].item() == pytest.approx(torch.linalg.svdvals(matrix)[0].item(), rel=1e-4), name
 
 
-def test_states_and_logits_are_the_models_own():
+@torch.no_grad()
+def test_logits_are_the_models_own():
     """h's logits are those of each sequence by itself, at the position before each response token."""
     lm, pairs, n = nudge(make_lm(), 0.1), make_pairs(), 8  # its final norm's weights are not 0
-    policy = fpo.Policy(lm, [make_sae()], [(3, "res")])
-    h, owner = theorem.read_states(policy, pairs, n, layout="shared")
+    batch = collate(pairs, range(n), layout="shared")
+    (h,) = fpo.Policy(lm, [make_sae()], [(3, "res")]).read_sites(batch)
     z = theorem.logits_of(lm, h)
     for r in range(2 * n):
         prompt, *responses = pairs[r % n]
         ids = torch.cat([prompt, responses[r // n]])[None]
-        with torch.no_grad():
-            own = lm(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
-        torch.testing.assert_close(z[owner == r].float(), own, rtol=1e-4, atol=1e-4)
+        own = lm(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
+        torch.testing.assert_close(z[batch.owner == r].float(), own, rtol=1e-4, atol=1e-4)
 
 
-# ---------------------------------------------------------------------------- numbers of the tables
+# ---------------------------------------------------------------------------- figures, and a whole run
 def test_summary_by_hand():
-    kl = torch.tensor([0.0, 1.0, 2.0, 4.0])
-    table = {name: torch.tensor([1.0, 3.0, 1.0, 40.0]) for name in theorem.BOUNDS} | {"kl": kl}
-    table |= {"lemma": torch.tensor([1.0, 1, 1, 1]), "theorem": torch.tensor([4.0, 9, 16, 4])}
-    table |= {"de": torch.tensor([1.0, 1, 1, 3]), "dh": torch.tensor([2.0, 2, 2, 1])}
-    row = theorem.summarise({name: x.double() for name, x in table.items()}, ceiling=30.0)
-    assert row["kl"] == 1.75
-    assert row["range"] == {"mean": 11.25, "ratio": 3.0, "holds": 0.75, "below": 0.75}  # of 3, ½, 10
-    assert row["middle"] == 2.0  # of 2, 3, 4, 2: torch's median is the lower one
-    assert row["missed"] == 0.5
-
-
-def test_pooling_by_hand():
-    """Two responses of 2 and 1 positions, ‖Δc‖ = 3, 1 and 2: means 5 and 4. Pooled, Δc̄ = (2, 0), (1, 1)."""
-    dc, owner = torch.tensor([3.0, 1.0, 2.0]).double(), torch.tensor([0, 0, 1])
+    """Four positions, two of each response. ‖Δc‖² = 9, 1 and 4, 4: means 5 and 4. Δc̄ = (2, 0), (1, 1)."""
+    table = {name: [1.0, 3, 1, 40] for name in theorem.BOUNDS} | {"kl": [0.0, 1, 2, 4], "dc": [3.0, 1, 2, 2]}
+    table |= {"lemma": [1.0, 1, 1, 1], "theorem": [4.0, 9, 16, 4], "de": [1.0, 1, 1, 3], "dh": [2.0, 2, 2, 1]}
+    table, owner = {name: torch.tensor(x).double() for name, x in table.items()}, torch.tensor([0, 0, 1, 1])
     c_ref = torch.tensor([[1.0, 0.0], [3.0, 2.0]])
     c = c_ref + torch.tensor([[2.0, 0.0], [1.0, 1.0]])
-    assert list(theorem.pooling(dc, owner, c_ref, c, 1).values()) == [4.5, 3.0, 2.5]  # k = 1: 4 and 1
-    assert list(theorem.pooling(dc, owner, c_ref, c, 2).values()) == [4.5, 3.0, 3.0]
+    row = theorem.summarise(table, owner, c_ref, c, k=1, ceiling=30.0)
+    assert row["range"] == {"mean": 11.25, "ratio": 3.0, "holds": 0.75, "below": 0.75}  # of 3, ½, 10
+    wanted = {"kl": 1.75, "missed": 0.5, "dc": 4.5, "pooled": 3.0, "k_mse": 2.5}  # k = 1: 4 and 1
+    wanted["middle"] = 2.0  # of 2, 3, 4, 2: torch's median is the lower one
+    assert {name: row[name] for name in wanted} == wanted
+    assert theorem.summarise(table, owner, c_ref, c, k=2, ceiling=30.0)["k_mse"] == 3.0
 
 
-def test_padded_by_hand():
-    """Two pairs, rows of 3, 5 and 4, 6 tokens: a mean over |y| times |y|, by the batch's longest row."""
-    c, lengths, rows = torch.ones(4, 1), torch.tensor([2, 3, 1, 4]), torch.tensor([3, 5, 4, 6])
-    assert theorem.padded(c, lengths, rows, 1)[:, 0].tolist() == pytest.approx([2 / 4, 3 / 6, 1 / 4, 4 / 6])
-    assert theorem.padded(c, lengths, rows, 2)[:, 0].tolist() == pytest.approx([2 / 6, 3 / 6, 1 / 6, 4 / 6])
-
-
-def test_policys_top_k_and_small_caches_by_hand():
-    c, c_ref = torch.tensor([[5.0, 4.0, 0.0, 1.0]]), torch.tensor([[0.0, 3.0, 7.0, 2.0]])
-    assert losses.feature_mse(c, c_ref, k=2).item() == 37.5  # features 0, 1 and 1, 2: (25 + 1 + 49) / 2
-    assert theorem.policy_top_mse(c, c_ref, 2).item() == 13.0  # 0 and 1: (25 + 1) / 2
-    assert theorem.policy_top_mse(c, c_ref, 4).item() == 6.75  # feature 2 is 0: (25 + 1 + 1) / 4
-    assert theorem.keep_top(c_ref, 2).tolist() == [[0.0, 3.0, 7.0, 0.0]]
-
-
-def test_departure_by_hand():
-    here, there = torch.tensor([1.0, 2.0, 0.0, 4.0]), torch.tensor([4.0, 1.0, 0.0, 4.0])
-    line = theorem.departure("what", "D_FPO", here, there)
-    assert (line["here"], line["there"], line["change"]) == (1.75, 2.25, pytest.approx(2 / 7))
-    # Ratios 4, ½ and 1.
-    assert [line[name] for name in ("median ratio", "5 %", "95 %")] == pytest.approx([1.0, 0.55, 3.7])
-
-
-# ---------------------------------------------------------------------------- a whole run
-def test_a_run_of_train_py(folder):
-    """KL and D_FPO are those that the run itself measured at its end; every state is there; both tables."""
-    out = Path(theorem.RUN)
-    theorem.make_run(out, "--steps", "4", "--warmup_steps", "1", "--save_every", "2", "--batch_size", "16")
-    for task in ("bounds", "departures"):
-        theorem.main([task, "--json", "out/theorem.json"])
+def test_a_run(folder, monkeypatch):
+    """KL and D_FPO are those that the run measured at its end; every state is there; other records stay."""
+    out, short = Path("run"), "--steps 4 --warmup_steps 1 --save_every 2 --batch_size 16 --out run"
+    monkeypatch.setattr(theorem, "RUN", [*theorem.RUN, *short.split()])
+    Path("out").mkdir()
+    Path("out/theorem.json").write_text('{"before": 1}')
+    Path("out/theorem.md").write_text("`python a`\n\n| old |\n\n`python b`\n\n| kept |\n")
+    theorem.main(["--json", "out/theorem.json"])
     found, scores = (json.loads(Path(path).read_text()) for path in ("out/theorem.json", out / "scores.json"))
-    after, bounds, lines = scores["after"], found["bounds"], found["departures"]["lines"]
+    after, bounds = scores["after"], found["bounds"]
     first, last = bounds["rows"]
-    assert (first["step"], last["step"]) == (2, 4) and 0 < first["kl"] < last["kl"]
+    assert found["before"] == 1 and (first["step"], last["step"]) == (2, 4) and 0 < first["kl"] < last["kl"]
     vocabulary = json.loads(Path("runs/toy/model/config.json").read_text())["vocab_size"]
     assert bounds["ceiling"] == pytest.approx(2 * 30 + math.log(vocabulary))
     kl = last["kl"] * bounds["positions"] / bounds["pairs"]
     assert kl == pytest.approx(after["kl_chosen"] + after["kl_rejected"], rel=1e-3)
-    mse = (after["mse_chosen"] + after["mse_rejected"]) / 2
-    assert [line["here"] for line in lines[:7]] == pytest.approx([mse] * 7, rel=1e-3)
-    assert last["k_mse"] == pytest.approx(50 * mse, rel=1e-3)
+    assert last["k_mse"] == pytest.approx(50 * (after["mse_chosen"] + after["mse_rejected"]) / 2, rel=1e-3)
     for row in (first, last):
         assert all(row[name]["holds"] == 1 for name in ("range", "lemma", "whole"))
         assert row["dc"] > row["pooled"] > row["k_mse"] > 0  # Jensen, then fewer features
     text = Path("out/theorem.md").read_text()
-    assert text.count("`python ") == 2 and "(Theorem B.1)" in text and "final norm | fvu" in text
-    assert sorted(path.name for path in Path("out").iterdir()) == [
-        "theorem.json",
-        "theorem.md",
-        "theorem.svg",
-    ]
-    state = next((out / "state").glob("step_*/state.json"))
-    state.write_text(
-        state.read_text().replace('"reference": "runs/toy/model"', '"reference": "runs/toy/base"')
-    )
-    with pytest.raises(UserError, match="not what it was trained against"):
-        theorem.load_run(out, 0)
+    assert "| old |" not in text and text.endswith(" |\n\n`python b`\n\n| kept |\n")
+    assert "Theorem B.1" in text and "Theorem B.1" in Path("out/theorem.svg").read_text()
