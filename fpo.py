@@ -297,20 +297,21 @@ def method_loss(
         D_w, D_l = far_D = feature_distance(policy.features, reference.features, k=k, units=units).chunk(2)
         values |= {"mse_chosen": D_w, "mse_rejected": D_l}
 
-    ref = reference.logps.chunk(2) if reference is not None else ()  # log π_ref of chosen, of rejected
+    if reference is not None:
+        ref_w, ref_l = reference.logps.chunk(2)
     if method == "simpo":
         loss = losses.simpo_loss(w, l, n_w, n_l, beta=beta, gamma=gamma)
     elif method == "simpo_kl":
         loss = losses.simpo_kl_loss(w, l, n_w, n_l, kl_w, kl_l, beta=beta, gamma=gamma, alpha=alpha)
     elif method == "dpo":
-        loss = losses.dpo_loss(w, l, *ref, beta=beta)
+        loss = losses.dpo_loss(w, l, ref_w, ref_l, beta=beta)
     elif method == "tdpo1":
-        loss = losses.tdpo1_loss(w, l, *ref, kl_w, kl_l, beta=beta)
+        loss = losses.tdpo1_loss(w, l, ref_w, ref_l, kl_w, kl_l, beta=beta)
     elif method == "tdpo2":
-        loss = losses.tdpo2_loss(w, l, *ref, kl_w, kl_l, beta=beta, alpha=alpha)
+        loss = losses.tdpo2_loss(w, l, ref_w, ref_l, kl_w, kl_l, beta=beta, alpha=alpha)
     else:
         options = {"beta": beta, "alpha": alpha, "stop_gradient": stop_gradient}
-        loss = losses.fpo_loss(w, l, *ref, n_w, n_l, D_w, D_l, **options)
+        loss = losses.fpo_loss(w, l, ref_w, ref_l, n_w, n_l, D_w, D_l, **options)
     if method in (*NEEDED, "fpo"):  # the constraint δ of Eq. 3, 4 or 11
         far_w, far_l = far_D if method == "fpo" else far
         values["constraint"] = (1 if method == "tdpo1" else alpha) * beta * (far_l - far_w)

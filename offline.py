@@ -95,9 +95,9 @@ def build_reference(policy: Policy, pairs: data.Pairs, cache_dir, identity, *, m
                 # The results of a batch come to the host while the next one computes.
                 waiting.append((i, batch.index, bool(groups[i]), *_to_host(policy(batch)[0])))
                 if len(waiting) > 1:
-                    _collect(*waiting.pop(0), parts, ends, shards)
+                    _collect(waiting.pop(0), parts, ends, shards)
             for last in waiting:
-                _collect(*last, parts, ends, shards)
+                _collect(last, parts, ends, shards)
         policy.train(was_training)
         data.barrier()
     return ReferenceCache(folder)
@@ -126,8 +126,9 @@ def _to_host(statistics):
     return there, event
 
 
-def _collect(i, index, real, tensors, event, parts, ends, shards):
+def _collect(arriving, parts, ends, shards):
     """Keep a batch's statistics, sparse, in `parts`; write the shard that it ends."""
+    i, index, real, tensors, event = arriving
     if event is not None:
         event.synchronize()
     logps, *rest = tensors

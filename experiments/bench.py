@@ -14,6 +14,7 @@ before it made the model. Each step has a process of its own, since an allocator
 """
 
 import argparse
+import contextlib
 import importlib.util
 import multiprocessing
 import os
@@ -37,6 +38,7 @@ from sae import JumpReLUSAE
 from train import TABLE_5, refuse
 
 CUDA = torch.cuda.is_available()
+PRODUCT = 2048  # rows and columns of the matrix product that a step's FLOP/s are held against
 TINY = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
 TINY |= {"num_key_value_heads": 2, "head_dim": 32, "query_pre_attn_scalar": 32, "vocab_size": 4096}
 # The 2B model with d, FFN, V, m and the widths of queries and keys an eighth: body, head and SAE each take
@@ -225,19 +227,21 @@ def resident(mark="VmRSS"):
 
 
 def steps_of(args, names):
-    """{name: step without arguments} of methods, and of "trl"."""
-    ours = [name for name in names if name != "trl"]
+    """{name: step without arguments} of methods, of "trl", and of this machine's own matrix "product"."""
+    ours, square = [name for name in names if name in fpo.METHODS], torch.randn(PRODUCT, PRODUCT)
     steps = make_steps(args, make_policies(args, ours)) if ours else {}
-    return {name: steps.get(name) or trl_step(args) for name in names}
+    steps |= {"trl": trl_step(args)} if "trl" in names else {}
+    return steps | ({"product": partial(torch.mm, square, square)} if "product" in names else {})
 
 
 def peak_of(args, name):
-    """GB at the peak of one step, above what the process held before it was made."""
+    """GB at the peak of one step, above what the process held before it was made; FLOPs of its products."""
     before, step = resident(), steps_of(args, [name])[name]
-    step()  # the first one makes the optimizer's states
+    with count.flop_counter() if not CUDA else contextlib.nullcontext() as flops:
+        step()  # the first one makes the optimizer's states
     torch.cuda.reset_peak_memory_stats() if CUDA else Path("/proc/self/clear_refs").write_text("5")
     step()
-    return resident("VmHWM") - before
+    return resident("VmHWM") - before, flops and flops.get_total_flops()
 
 
 def print_rows(title, rows):
@@ -252,20 +256,24 @@ def print_rows(title, rows):
 def methods_table(args):
     """Each method's step, or DPO's and TRL's: time and memory, beside the first one's.
 
-    On a card of count.py's also the MFU: 6 · parameters · tokens computed / seconds, of the card's peak.
+    On the CPU also FLOP/s, of all products in the step, and their share of a large product's in the same
+    rounds; on a card of count.py's the MFU: 6 · parameters · tokens computed / seconds, of the card's peak.
     """
     names, rows = ["dpo", args.peer] if args.peer else args.methods, []
     if args.peer:  # big tensors stay in malloc's heap: else page faults decide, and most of them are TRL's
         os.environ |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as new_process:
         peaks = {name: new_process.submit(peak_of, args, name).result() for name in names}
-        times = new_process.submit(in_turn, args, names).result()
+        times = new_process.submit(in_turn, args, names if CUDA else [*names, "product"]).result()
     work = 6 * parameters_of(args.config)[0] * all_pairs(args).tokens.numel()
     for name in names:
-        s = np.median(times[name])
-        rows.append({"name": name, "ms": 1e3 * s, "pairs/s": args.pairs / s, "peak GB": peaks[name]})
+        s, (gb, flops) = np.median(times[name]), peaks[name]
+        rows.append({"name": name, "ms": 1e3 * s, "pairs/s": args.pairs / s, "peak GB": gb})
         rows[-1][f"time/{names[0]}"] = np.median(times[name] / times[names[0]])
-        rows[-1][f"memory/{names[0]}"] = peaks[name] / peaks[names[0]]
+        rows[-1][f"memory/{names[0]}"] = gb / peaks[names[0]][0]
+        if not CUDA:
+            share = flops / (2 * PRODUCT**3) * np.median(times["product"] / times[name])
+            rows[-1] |= {"GFLOP/s": flops / s / 1e9, "of product": share}
         for card, limits in count.CARDS.items():
             if CUDA and card in torch.cuda.get_device_name():
                 rows[-1]["MFU"] = work / s / limits["bfloat16"]

@@ -7,7 +7,8 @@ the card's memory. Bytes are counted in three ways:
     eager      each operation reads its inputs and writes its outputs
     compiled   in the layers, the operations between two products are one kernel: it reads what was made
                before it, and writes what is read after it
-    fused      compiled, and clip and update take one pass each, as scale.py does on CUDA
+    fused      compiled, and so is the head's work on a slice of logits; clip and update take one pass each,
+               as scale.py does on CUDA
 """
 
 from types import SimpleNamespace
@@ -34,7 +35,7 @@ WAYS = ("eager", "compiled", "fused")
 CLIP = (38, 38, 2)
 UPDATE = {"adam": (162, 162, 26), "rmsprop": (142, 142, 18)}
 # Operations that move nothing, or next to nothing: they pick or put single values.
-FREE = ("index", "embedding", "empty", "_unsafe_view")
+FREE = ("index", "gather", "scatter_add", "embedding", "empty", "_unsafe_view")
 
 
 def flop_counter():
@@ -137,7 +138,7 @@ def head_cost(config, N, held):
         states, weight = (torch.empty(n, config.hidden_size, **options) for n in shapes)
         inputs = states, weight, torch.empty(N, dtype=torch.int64), config.final_logit_softcapping
         inputs += (states, weight) if held else (None, None)
-        logps, kl, *_ = scale._TokenStatistics.apply(*inputs, scale.VOCABULARY_SLICE["cuda"], False)
+        logps, kl, *_ = scale._TokenStatistics.apply(*inputs, scale.VOCABULARY_SLICE["cuda"], False, False)
         (logps + kl if held else logps).sum().backward()
     return so_far(flops, counter)
 
@@ -165,7 +166,7 @@ def step_cost(config, batch, *, method, rule, ranks, checkpointing, sae_width):
         "reference": held * forward,
         # Of attention's two products the backward makes one again, and two gradients of each.
         "attention": attention_flops(config, batch) * np.array([3.5 + checkpointing + held, 0, 0, 0]),
-        "head": head_cost(config, N, held)[not_compiled],
+        "head": head_cost(config, N, held)[[0, 1, 1, 2]],
         "SAE": (method == "fpo") * sae_cost(config, N, sae_width, len(batch.lengths))[not_compiled],
         "clip": P * np.array([0, *CLIP]),
         "update": P / ranks * np.array([0, *UPDATE[rule]]),
