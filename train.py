@@ -404,7 +404,9 @@ def prove(policy, pairs, config, rows) -> dict:
             parameter.grad = None
     if data.ranks()[0] == 0:
         says = [f"audit passed: {found['difference']:.1g} nats a token from the model's own forward"]
-        says += [f"window of {found['window']} tested" if found["window"] else "no pair outgrows a window"]
+        says += [
+            f"sliding window of {found['window']} tested" if found["window"] else "no sliding window tested"
+        ]
         says += [f"rounding alone makes D_FPO {found['floor']:.1g}"] if policy.saes else []
         print("; ".join(says))
     return found

@@ -1,6 +1,7 @@
 """The path that trains is the written maths: Policy, masks, losses, audit, scores, cache, in plain form."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -109,16 +110,14 @@ def test_loss_and_gradient_are_those_of_plain_logits(lm, reference, saes, method
     n_w, n_l = x["lengths"].chunk(2)
     kl_w, kl_l = x["kl"].chunk(2)
     mse = sum(losses.feature_mse(x[f"features{s}"], x[f"ref_features{s}"], k=4) for s in (0, 1)) / 2
-    four, b, a, c = (w, l, ref_w, ref_l), {"beta": 0.3}, {"alpha": 0.7}, {"gamma": 0.4}
-    expected = {
-        "sft": lambda: losses.sft_loss(w, n_w),
-        "dpo": lambda: losses.dpo_loss(*four, **b),
-        "simpo": lambda: losses.simpo_loss(w, l, n_w, n_l, **b, **c),
-        "simpo_kl": lambda: losses.simpo_kl_loss(w, l, n_w, n_l, kl_w, kl_l, **b, **c, **a),
-        "tdpo1": lambda: losses.tdpo1_loss(*four, kl_w, kl_l, **b),
-        "tdpo2": lambda: losses.tdpo2_loss(*four, kl_w, kl_l, **b, **a),
-        "fpo": lambda: losses.fpo_loss(*four, n_w, n_l, *mse.chunk(2), **b, **a),
-    }[method]()
+    there = {"logps": w, "lengths": n_w, "policy_chosen_logps": w, "policy_rejected_logps": l, **table}
+    there |= {"reference_chosen_logps": ref_w, "reference_rejected_logps": ref_l}
+    there |= {"chosen_lengths": n_w, "rejected_lengths": n_l, "chosen_kl": kl_w, "rejected_kl": kl_l}
+    there |= dict(zip(("chosen_mse", "rejected_mse"), mse.chunk(2), strict=True))
+    loss_of = getattr(losses, f"{method}_loss")
+    expected = loss_of(
+        **{name: there[name] for name in inspect.signature(loss_of).parameters if name in there}
+    )
     expected.mean().backward()
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
     for (name, p), q in zip(policy.lm.named_parameters(), twin.parameters(), strict=True):

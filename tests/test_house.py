@@ -7,17 +7,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 TOP = {"losses", "sae", "data", "scale", "fpo", "toy", "offline", "train", "eval_diversity"}
-FLOOR = {
-    "losses": 1,
-    "data": 1,
-    "sae": 1,
-    "scale": 1,
-    "fpo": 2,
-    "toy": 2,
-    "offline": 3,
-    "train": 4,
-    "eval_diversity": 5,
-}
+FLOOR = dict.fromkeys(("losses", "data", "sae", "scale"), 1) | {"fpo": 2, "toy": 2}
+FLOOR |= {"offline": 3, "train": 4, "eval_diversity": 5}
 
 
 def tracked(pattern):
@@ -47,7 +38,7 @@ def test_what_there_is_to_read():
     """Lines that may not grow: those of the product, and of the tests."""
     lines = {path: len(path.read_text().splitlines()) for path in tracked("*.py")}
     tests = sum(n for path, n in lines.items() if path.parent.name == "tests")
-    assert sum(lines.values()) - tests <= 6350 and tests <= 5600
+    assert sum(lines.values()) - tests <= 5800 and tests <= 5450
 
 
 def test_every_flag_has_a_help_text_and_there_are_at_most_46():

@@ -94,9 +94,8 @@ def weights_of(run):
 def same_as_whole(run="cut", steps=6):
     """The run has the bits of the uninterrupted one in `whole`, and each of its lines once."""
     assert weights_of(run) == weights_of("whole")
-    assert [line["step"] for line in lines_of(run)] == [*range(1, steps + 1)] and losses_of(run) == losses_of(
-        "whole"
-    )
+    assert [line["step"] for line in lines_of(run)] == [*range(1, steps + 1)]
+    assert losses_of(run) == losses_of("whole")
 
 
 def run_until(step, *flags):
@@ -190,12 +189,7 @@ def kill_and_resume(folder, moments, seed):
             with contextlib.suppress(ProcessLookupError):  # torchrun's ranks outlive it
                 os.kill(pid, signal.SIGKILL)
         out, _ = process.communicate(timeout=120)
-        print(
-            number,
-            moment,
-            "ended before" if ended else f"killed after step {len(lines_of('cut'))}",
-            flush=True,
-        )
+        print(number, moment, "ended before" if ended else "killed", len(lines_of("cut")), flush=True)
         assert not ended or process.returncode == 0, out[-3000:]
         if (folder / "cut/scores.json").exists():  # all six steps are behind it: begin again
             same_as_whole()
