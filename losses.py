@@ -93,33 +93,27 @@ def pool_features(features: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def feature_mse(
-    policy_features: torch.Tensor,
-    reference_features: torch.Tensor,
-    *,
-    k: int = 50,
-    weights: torch.Tensor | None = None,
+    policy_features: torch.Tensor, reference_features: torch.Tensor, *, k: int = 50
 ) -> torch.Tensor:
     """D_FPO = (1/k) Σ_{i∈I_k} (c̄_θ,i − c̄_ref,i)², I_k = topk(c̄_θ) ∪ topk(c̄_ref) (Eq. 10).
 
-    policy_features, reference_features (B, m), pooled over a response, none negative; weights (m,) multiply
-    the squared differences; one of weight 0 is no candidate for I_k (our reading of Table 4's control).
+    policy_features, reference_features (B, m), pooled over a response, none negative.
     A feature that is 0 in a vector is never in its top k, so zeros can't tie. The divisor is k, not |I_k|;
     k >= m takes all. k = 50 is the authors' code's: the paper states none.
     Returns (B,). No gradient reaches the reference, nor the choice of I_k. Raises ValueError for k < 1 and
     for other shapes.
     """
     policy, reference = policy_features, reference_features.detach()
-    w = policy.new_ones(policy.shape[-1:]) if weights is None else weights
-    shapes = [tuple(x.shape) for x in (policy, reference, w)]
     if k < 1:
         raise ValueError(f"need k >= 1, got {k}")
-    if len(shapes[0]) != 2 or shapes[1] != shapes[0] or shapes[2] != shapes[0][1:]:
-        raise ValueError(f"need policy and reference features (B, m) and weights (m,), got {shapes}")
-    candidates = torch.stack((policy.detach(), reference)).masked_fill(w == 0, 0.0)  # (2, B, m)
-    top = candidates.topk(min(k, w.shape[0]), dim=-1)
-    in_top = torch.zeros_like(candidates, dtype=torch.bool).scatter(-1, top.indices, top.values > 0)
+    if policy.ndim != 2 or reference.shape != policy.shape:
+        shapes = [tuple(x.shape) for x in (policy, reference)]
+        raise ValueError(f"need policy and reference features (B, m), got {shapes}")
+    both = torch.stack((policy.detach(), reference))  # (2, B, m)
+    top = both.topk(min(k, both.shape[-1]), dim=-1)
+    in_top = torch.zeros_like(both, dtype=torch.bool).scatter(-1, top.indices, top.values > 0)
     I_k = in_top.any(0)  # the union, (B, m)
-    return torch.where(I_k, w * (policy - reference) ** 2, 0.0).sum(-1) / k
+    return torch.where(I_k, (policy - reference) ** 2, 0.0).sum(-1) / k
 
 
 # ---- the losses: (B,) in, (B,) out, element by element ----
