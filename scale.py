@@ -88,14 +88,16 @@ def _softmax(z, softcap, logsumexp):
 
 def gradient_slice(z, z_ref, local, logsumexp, ref_logsumexp, g_logp, g_kl, softcap, dtype):
     """d loss / dz (N, c) of a slice's products z, from those of log π(token) and of the KL, each (N,)."""
+    here, place = (local >= 0) & (local < z.shape[1]), local.clamp(0, z.shape[1] - 1)[:, None]
+    p_ref = None if z_ref is None else _softmax(z_ref, softcap, ref_logsumexp)[0]
+    del z_ref  # a block of memory less, where this is not one kernel
     p, slope = _softmax(z, softcap, logsumexp)
-    if z_ref is None:  # d log p(y) / d logits = 1[y] - p
+    del z
+    if p_ref is None:  # d log p(y) / d logits = 1[y] - p
         g = p.mul_(-g_logp[:, None])
     else:  # d KL(ref ‖ p) / d logits = p - p_ref
-        p_ref, _ = _softmax(z_ref, softcap, ref_logsumexp)
         g = p.mul_((g_kl - g_logp)[:, None]).sub_(p_ref.mul_(g_kl[:, None]))
-    here = (local >= 0) & (local < z.shape[1])
-    g.scatter_add_(1, local.clamp(0, z.shape[1] - 1)[:, None], torch.where(here, g_logp, 0.0)[:, None])
+    g.scatter_add_(1, place, torch.where(here, g_logp, 0.0)[:, None])
     return (g if slope is None else g.mul_(slope)).to(dtype)
 
 
@@ -110,9 +112,11 @@ class _TokenStatistics(torch.autograd.Function):
         sums, ref_sums = ((zero - torch.inf, zero + 0, zero + 0, zero + 0) for _ in range(2))  # see `_fold`
         fold = compiled(read_slice) if fused else read_slice
         for v in range(0, len(weight), chunk):
-            z = _product(states, weight[v : v + chunk].T)  # (N, chunk)
-            z_ref = None if ref_states is None else _product(ref_states, ref_weight[v : v + chunk].T)
-            sums, ref_sums = fold(z, z_ref, targets - v, sums, ref_sums, softcap, entropy)
+            sums, ref_sums = fold(  # of products (N, chunk), which no other name keeps
+                _product(states, weight[v : v + chunk].T),
+                None if ref_states is None else _product(ref_states, ref_weight[v : v + chunk].T),
+                targets - v, sums, ref_sums, softcap, entropy,
+            )  # fmt: skip
         (top, mass, inner, chosen), (ref_top, ref_mass, ref_inner, ref_chosen) = sums, ref_sums
         logsumexp = top + mass.log()  # (N,), all that the backward needs to know of the softmax
         ref_logsumexp = ref_top + ref_mass.log()
@@ -133,11 +137,13 @@ class _TokenStatistics(torch.autograd.Function):
         d_states = torch.zeros_like(states, dtype=logsumexp.dtype)  # a sum over all slices: float32
         d_weight = torch.empty_like(weight)
         gradient = compiled(gradient_slice) if ctx.fused else gradient_slice
-        settings = logsumexp, ref_logsumexp, g_logp, g_kl, ctx.softcap, states.dtype
         for v in range(0, len(weight), ctx.chunk):
             W = weight[v : v + ctx.chunk]
-            z_ref = None if ref_states is None else _product(ref_states, ref_weight[v : v + ctx.chunk].T)
-            g = gradient(_product(states, W.T), z_ref, targets - v, *settings)  # d loss / d (states @ W.T)
+            g = gradient(  # d loss / d (states @ W.T), (N, chunk)
+                _product(states, W.T),
+                None if ref_states is None else _product(ref_states, ref_weight[v : v + ctx.chunk].T),
+                targets - v, logsumexp, ref_logsumexp, g_logp, g_kl, ctx.softcap, states.dtype,
+            )  # fmt: skip
             if g.dtype == d_states.dtype:  # in place, where nothing needs a wider sum
                 d_states.addmm_(g, W)
                 torch.mm(g.T, states, out=d_weight[v : v + ctx.chunk])
