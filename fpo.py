@@ -221,7 +221,7 @@ def audit(policy: Policy, pairs, *, k=50, **rows) -> dict:
         rows: layout and padding, as `data.collate` takes them.
     Returns:
         difference: |log π(y|x) − that of lm(input_ids).logits| / |y|, nats, the largest of four responses.
-        floor: D_FPO between the same pairs in one batch and each alone: rounding, below which D says nothing.
+        floor: D_FPO between both layouts of the same pairs: rounding, below which D says nothing.
         window: the sliding window if a pair is longer than it, else None.
     Raises:
         UserError: the difference is above TOLERANCE, or a second run gives other values (dropout, jitter).
@@ -251,18 +251,18 @@ def audit(policy: Policy, pairs, *, k=50, **rows) -> dict:
 
 @torch.no_grad()
 def noise_floor(policy: Policy, pairs, *, k=50, n=8, **rows) -> float | None:
-    """D_FPO between `n` pairs in one batch and each of them alone: what rounding makes of no change at all.
+    """D_FPO between both layouts of `n` pairs: what rounding makes of no change at all.
 
-    In float32 about 1e-10. In bf16 it can exceed what training is to hold down; it falls with |y|.
+    In float32 about 1e-10. In bf16 it can be a part of what training is to hold down; it falls with |y|.
     """
     if not policy.saes:
         return None
     indices = torch.linspace(0, len(pairs) - 1, min(n, len(pairs))).long().tolist()
-    together = policy(collate(pairs, indices, **rows).to(policy.lm.device))[0].features
-    each = [policy(collate(pairs, [i], **rows).to(policy.lm.device))[0].features for i in indices]
-    # Per SAE (2n, m), in the batch's order: the chosen responses of all pairs, then the rejected ones.
-    alone = tuple(torch.stack(per_sae, 1).flatten(0, 1) for per_sae in zip(*each, strict=True))
-    return feature_distance(together, alone, k=k).mean().item()
+    shared, separate = (
+        policy(collate(pairs, indices, **rows | {"layout": layout}).to(policy.lm.device))[0].features
+        for layout in ("shared", "separate")
+    )
+    return feature_distance(shared, separate, k=k).mean().item()
 
 
 # ---------------------------------------------------------------------------- method -> loss

@@ -455,9 +455,9 @@ def step_sums(batch, loss, values, statistics) -> dict[str, torch.Tensor]:
 def advice(line, config, floor) -> str | None:
     """One sentence if the constraint, or rounding alone, outweighs the reward margin in u (Eq. 8); else None.
 
-    line: a step's metrics; floor: D_FPO that rounding makes. Both sizes are means over the step's pairs.
+    line: a step's metrics; floor: D_FPO that rounding makes, in the units of the run.
     """
-    margin, noise = line["margin_size"], (config.alpha or 1) * config.beta * (floor or 0.0)
+    margin, noise = line["margin_size"], (config.alpha or 1) * config.beta * floor
     times = line["constraint_size"] / max(margin, 1e-30)
     if config.method == "fpo" and noise > margin:
         return f"rounding alone makes a constraint of {noise:.1g}, above the margin: try --dtype float32"
@@ -800,7 +800,8 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
         if "constraint_size" in line:  # what the constraint weighs in u beside the reward margin
             sizes = line["constraint_size"], line["margin_size"]
             line["constraint_share"] = sizes[0] / max(sum(sizes), 1e-30)
-            if step == 9 and rank == 0 and (text := advice(line, config, found["floor"])):
+            floor = (found["floor"] or 0.0) / (sum(units) / len(units) if units else 1)
+            if step == 9 and rank == 0 and (text := advice(line, config, floor)):
                 tqdm.write(f"step 10: {text}")
         ends = stopping or step + 1 == len(plan)
         if config.eval_every and (step + 1) % config.eval_every == 0 and not ends:

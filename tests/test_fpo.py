@@ -384,21 +384,15 @@ def test_audit_refuses(lm, saes, fault, monkeypatch):
 
 
 def test_noise_floor_is_the_distance_of_two_roundings(lm, saes):
-    """An independent count, of a layer whose output depends on the batch: responses alone, and in it."""
+    """An independent count, of a layer whose output depends on the number of rows: 8 shared ones, or 16."""
     pairs = make_pairs(8)
     policy = policy_of(lm, saes)
     policy.lm.model.layers[0].register_forward_hook(lambda m, a, out: out * (1 + 1e-3 * len(out)))
     floor = fpo.noise_floor(policy, pairs, k=4, layout="separate")
     with torch.no_grad():
-        batch = policy(collate(pairs, range(8), layout="separate"))[0].features
-        distances = []
-        for i in range(8):
-            alone = policy(collate(pairs, [i], layout="separate"))[0].features
-            for side in (0, 1):
-                row = [losses.feature_mse(b[8 * side + i][None], a[side][None], k=4)
-                       for b, a in zip(batch, alone, strict=True)]  # fmt: skip
-                distances.append(sum(row) / 2)
-    assert floor > 1e-6 and floor == pytest.approx(torch.stack(distances).mean().item(), rel=1e-5)
+        x, y = (policy(collate(pairs, range(8), layout=how))[0].features for how in ("shared", "separate"))
+    D = [losses.feature_mse(a, b, k=4).mean().item() for a, b in zip(x, y, strict=True)]
+    assert floor > 1e-6 and floor == pytest.approx(sum(D) / 2, rel=1e-5)
 
 
 # ---- scores
