@@ -799,7 +799,7 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
         line |= {"peak_memory_gb": peak_memory_gb(device)}
         if "constraint_size" in line:  # what the constraint weighs in u beside the reward margin
             sizes = line["constraint_size"], line["margin_size"]
-            line["constraint_share"] = sizes[0] / max(sum(sizes), 1e-30)
+            line["constraint_share"] = sizes[0] / max(sum(sizes), 1e-8)  # both are 0 at step 1
             floor = (found["floor"] or 0.0) / (sum(units) / len(units) if units else 1)
             if step == 9 and rank == 0 and (text := advice(line, config, floor)):
                 tqdm.write(f"step 10: {text}")
