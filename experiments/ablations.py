@@ -4,8 +4,8 @@
     python -m experiments.ablations no_sae --preset toy --alpha 0.2 --out OUT     D of the states themselves
     python -m experiments.ablations measure --preset toy --model OUT/model --json FILE
 
-All other flags are train.py's. Held-out `mse_*` that a run of no_sae prints is Eq. 10 on the states; the tables take
-eval_diversity.py's, of the SAE's features.
+All other flags are train.py's. The held-out `mse_*` that a run of no_sae prints is Eq. 10 on the states; the
+tables take eval_diversity.py's, of the SAE's features.
 """
 
 import argparse
