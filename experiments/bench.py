@@ -81,8 +81,6 @@ def parse_args(argv=None):
     for name, value in vars(args).items():
         if type(value) is int and value < 1:
             refuse(f"--{name} {value}: must be at least 1")
-    if args.peer and importlib.util.find_spec("trl") is None:
-        refuse("--peer trl: TRL is not installed: pip install trl==1.16.0")
     if args.json:
         data.check_output("json", args.json, folder=False)
     changes, args.sae_width, (args.pairs, prompt, response), args.rule = SHAPES[args.shape]
@@ -349,6 +347,8 @@ def updates():
 def main(argv=None):
     """Run what the flags ask for."""
     args = parse_args(argv)
+    if args.peer and importlib.util.find_spec("trl") is None:
+        refuse("--peer trl: TRL is not installed: pip install trl==1.16.0")
     section = reference_pass if args.reference_pass else count_table if args.count else methods_table
     figures = updates() if args.updates else {args.shape: section(args)}
     if args.json:
