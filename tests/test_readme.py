@@ -144,6 +144,8 @@ def test_tables_are_those_of_the_rows(what):
     text = (ASSETS / f"{what}.md").read_text()
     accuracy = {}
     for row in rows:
+        if what == "ablation" and row["name"] in ("sft", "dpo", "tdpo1"):
+            continue  # no table there has their accuracy
         accuracy.setdefault(row["name"], []).append(100 * row["scores"]["accuracy"])
     several = [values for values in accuracy.values() if len(values) > 1]
     assert len(several) >= 6
