@@ -19,7 +19,7 @@ After the transformer everything works on the N states that predict response tok
 and never the logits of all positions.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -272,8 +272,7 @@ def method_loss(
     """One method's loss per pair, from the statistics (Table 1, Table 6).
 
     Args:
-        method: one of METHODS.
-        policy: Statistics of the policy, 2B responses.
+        policy: Statistics of the policy, 2B responses; method: one of METHODS.
         reference: Statistics of the reference: dpo, tdpo1, tdpo2 and fpo need it; others log D_FPO by it.
         beta, alpha, gamma, k: as in Table 5; k of Eq. 10.
         stop_gradient: whether δ_FPO's chosen term is held constant (Table 3).
@@ -288,15 +287,10 @@ def method_loss(
     if method == "sft":
         return losses.sft_loss(w, n_w), {}
 
-    # How far the policy is from the reference: what TDPO and FPO constrain, logged for all.
-    values: dict[str, torch.Tensor] = {}
-    if policy.kl is not None:
-        kl_w, kl_l = far = policy.kl.chunk(2)
-        values |= {"kl_chosen": kl_w, "kl_rejected": kl_l}
-    if reference is not None and policy.features and reference.features:
-        D_w, D_l = far_D = feature_distance(policy.features, reference.features, k=k, units=units).chunk(2)
-        values |= {"mse_chosen": D_w, "mse_rejected": D_l}
-
+    values, absent = distances(policy, reference, k=k, units=units), cast(torch.Tensor, None)
+    kl_w, kl_l, D_w, D_l = (
+        values.get(f"{name}_{y}", absent) for name in ("kl", "mse") for y in ("chosen", "rejected")
+    )
     if reference is not None:
         ref_w, ref_l = reference.logps.chunk(2)
     if method == "simpo":
@@ -313,10 +307,21 @@ def method_loss(
         options = {"beta": beta, "alpha": alpha, "stop_gradient": stop_gradient}
         loss = losses.fpo_loss(w, l, ref_w, ref_l, n_w, n_l, D_w, D_l, **options)
     if method in (*NEEDED, "fpo"):  # the constraint δ of Eq. 3, 4 or 11
-        far_w, far_l = far_D if method == "fpo" else far
+        far_w, far_l = (D_w, D_l) if method == "fpo" else (kl_w, kl_l)
         values["constraint"] = (1 if method == "tdpo1" else alpha) * beta * (far_l - far_w)
     reward_w, reward_l = rewards(method, policy, reference, beta=beta).chunk(2)
     return loss, values | {"reward_chosen": reward_w, "reward_rejected": reward_l}
+
+
+def distances(policy, reference, *, k, units) -> dict[str, torch.Tensor]:
+    """How far the policy is from the reference, (B,) each: what TDPO and FPO constrain, logged for all."""
+    found = {} if policy.kl is None else {"kl": policy.kl}
+    if reference is not None and policy.features and reference.features:
+        found["mse"] = feature_distance(policy.features, reference.features, k=k, units=units)
+    sides = ("chosen", "rejected")
+    return {
+        f"{name}_{y}": half for name, x in found.items() for y, half in zip(sides, x.chunk(2), strict=True)
+    }
 
 
 def feature_distance(policy_features, reference_features, *, k, units=()):

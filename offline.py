@@ -161,12 +161,12 @@ def _write_shard(path, parts):
 
 
 def _checksum(path) -> str:
-    """sha256 of a shard's bytes and of its cache's name, so that no other cache's shard passes for it."""
-    return hashlib.sha256(path.parent.name.encode() + path.read_bytes()).hexdigest()
+    """sha256 of a shard's bytes."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _whole(path) -> bool:
-    """True if the shard is there, of this cache, and holds the bytes that were written."""
+    """True if the shard is there and holds the bytes that were written."""
     note = path.with_suffix(".sha256")
     return path.exists() and note.exists() and note.read_text() == _checksum(path)
 

@@ -595,7 +595,8 @@ def start_tracker(config, start: int):
     if config.report_to == "wandb":
         import wandb
 
-        key = hashlib.sha256(str(Path(config.out).absolute()).encode()).hexdigest()[:16]
+        settings = {name: value for name, value in asdict(config).items() if name not in FREE}
+        key = hashlib.sha256(f"{Path(config.out).absolute()} {settings}".encode()).hexdigest()[:16]
         wandb.init(name=config.out, id=key, resume="allow", config=asdict(config), sync_tensorboard=True)
     from torch.utils.tensorboard import SummaryWriter
 

@@ -434,7 +434,7 @@ def parse_args(argv=None):
     flag("task", choices=("comparison", "ablation", "frontier"))
     flag("--preset", default="toy", choices=train.PRESETS, help="train.py's (toy)")
     flag("--model", help="the SFT model that all start from (the preset's, made if missing)")
-    flag("--seeds", type=int, nargs="+", help="(0 1 2; frontier 0 1)")
+    flag("--seeds", type=int, nargs="+", help="(0 1 2; frontier 0)")
     flag("--steps", type=int, help="of every training (the preset's)")
     flag("--samples", type=int, default=25, help="responses a prompt for the entropy (25)")
     flag("--at_once", type=int, help="runs side by side, a thread each (1, without cards 2)")
@@ -446,7 +446,7 @@ def parse_args(argv=None):
     cards = 0 if is_toy else torch.cuda.device_count()
     many = f" -m torch.distributed.run --standalone --nproc_per_node {cards}"
     args.python, args.at_once = "python" + many * (cards > 1), args.at_once or (1 if cards else 2)
-    args.seeds = args.seeds or ([0, 1] if args.task == "frontier" else [0, 1, 2])
+    args.seeds = args.seeds or ([0] if args.task == "frontier" else [0, 1, 2])
     args.eval_every = 200 if not is_toy else 10 if args.task == "frontier" else 25
     args.out = args.out or f"runs/{args.preset}/reproduce"
     args.start = args.model or ("runs/toy/model" if is_toy else f"runs/{args.preset}/sft/model")

@@ -366,11 +366,17 @@ def test_audit_refuses(lm, saes, fault, monkeypatch):
     policy, says = policy_of(lm, saes), "differs from the model's own forward by"
     if fault == "softcap":  # our softcap is read from the config, the model's own from its module
         statistics = fpo.token_statistics
-        wrong = lambda *args, **options: statistics(*args, **{**options, "softcap": None})  # noqa: E731
+
+        def wrong(*args, **options):
+            return statistics(*args, **{**options, "softcap": None})
+
         monkeypatch.setattr(fpo, "token_statistics", wrong)
     elif fault == "window":
         whole = fpo.attention_mask
-        same = lambda *args: dict.fromkeys(whole(*args), whole(*args)["full_attention"])  # noqa: E731
+
+        def same(*args):
+            return dict.fromkeys(whole(*args), whole(*args)["full_attention"])
+
         monkeypatch.setattr(fpo, "attention_mask", same)
     elif fault == "dropout":
         says = "two runs of one batch differ"
