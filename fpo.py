@@ -119,6 +119,7 @@ class Policy(nn.Module):
         if not hasattr(lm, "model") or head is None or getattr(head, "bias", None) is not None:
             raise UserError(f"{type(lm).__name__}: a decoder with `model` and a head without bias is needed")
         self.lm, self.saes, self.sites, self.fused = lm, tuple(saes), tuple(sites), fused
+        self.dtype = lm.dtype  # of the products; scale.shard_policy's weights are float32 in any case
         self._hooks = self._hook(lm)
         # A module in a tuple is not a part of this one: the reference is not trained, saved or wrapped.
         self.reference: tuple = ()
@@ -146,13 +147,18 @@ class Policy(nn.Module):
         mask = attention_mask(batch, lm.config.get_text_config(), lm.dtype)
         for hook in hooks:
             hook.enabled = True
-        out = lm.model(
-            input_ids=batch.tokens, position_ids=batch.positions, attention_mask=mask, use_cache=False
-        ).last_hidden_state  # (R, L, d), after the final norm
+        mixed, given = self.dtype == torch.bfloat16, {"input_ids": batch.tokens}
+        if mixed:  # bf16 layers add to a residual stream in float32: rounded as well, it doubles D's noise
+            given = {"inputs_embeds": lm.get_input_embeddings()(batch.tokens).float()}
+        with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=mixed):
+            out = lm.model(
+                **given, position_ids=batch.positions, attention_mask=mask, use_cache=False
+            ).last_hidden_state  # (R, L, d), after the final norm
         sites = [hook.value.flatten(0, 1)[batch.state] for hook in hooks]
         for hook in hooks:  # a checkpointed block runs again in the backward, and must not capture then
             hook.enabled, hook.value = False, None
-        return out.flatten(0, 1)[batch.state], sites
+        head = lm.get_output_embeddings().weight
+        return out.flatten(0, 1)[batch.state].to(head.dtype), sites
 
     def read_sites(self, batch: Batch) -> list[torch.Tensor]:
         """Per SAE (N, d), what it reads of the policy where response tokens are predicted."""
@@ -236,7 +242,7 @@ def audit(policy: Policy, pairs, *, k=50, **rows) -> dict:
     with torch.compiler.set_stance("force_eager"):
         alone = [collate(pairs, [i], layout="separate").to(device) for i in (longest, shortest)]
         theirs = torch.stack([policy(one, plain=True)[0].logps for one in alone], 1).flatten()
-    kind, limit = type(policy.lm).__name__, TOLERANCE[policy.lm.dtype]
+    kind, limit = type(policy.lm).__name__, TOLERANCE[policy.dtype]
     theirs = theirs if len(theirs) == len(tokens) else torch.cat([theirs, torch.zeros_like(theirs)])  # SFT
     repeat, difference = (((ours.logps - x).abs() / tokens).max().item() for x in (again.logps, theirs))
     if not repeat <= limit / 10:

@@ -395,7 +395,7 @@ def shard_layers(lm, *, dtype=torch.bfloat16, device=None):
     From the CPU they go to `device` (None: the model's) one by one. Returns the root's `fully_shard` options.
     """
     mesh = init_device_mesh(torch.device(device or lm.device).type, (dist.get_world_size(),))
-    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    precision = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     for layer in lm.model.layers:  # a layer without a root over it would stay whole after its forward
         fully_shard(layer, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
     return {"mesh": mesh, "mp_policy": precision}
@@ -417,6 +417,7 @@ def shard_policy(policy, *, dtype=torch.bfloat16, device=None):
     for reference in policy.reference:  # TDPO's, outside the policy's module tree
         shard_layers(reference, dtype=dtype, device=device)
     fully_shard(policy, **options)
+    policy.dtype = dtype
 
 
 def full_state_dict(policy):

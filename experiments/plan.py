@@ -59,7 +59,7 @@ def plan(
     late = fsdp and micro_batches == 1
     before, after = (0 if late else P * stored / parts), (P - E if late else P) * stored / parts
     kept, widest = (tokens * size for size in layer_bytes(config, row_tokens))
-    inputs = depth * (tokens * d * 2 if checkpointing else kept)
+    inputs = depth * (tokens * d * 4 if checkpointing else kept)  # of the residual stream: float32
     again = kept + widest if checkpointing else widest
     # Blocks of the head's backward: logits, slope, gradient, its product, TDPO's reference; and the states.
     chunk = VOCABULARY_SLICE["cuda" if config._attn_implementation == "flex_attention" else "cpu"]
@@ -80,14 +80,15 @@ def parameters_of(config) -> tuple[int, int]:
 def layer_bytes(config, row_tokens):
     """Bytes a token that a Gemma-2 layer keeps for its backward, and that its widest operation takes on top.
 
-    In bf16. Four RMSNorms keep input and output in float32, the MLP four tensors of its width, attention
-    queries, keys, values, output; eager also keys and values a head, each score's tanh, two softmaxes.
+    Four RMSNorms keep input and output in float32. In bf16 five products keep a copy of the stream, the MLP
+    four tensors of its width, attention queries, keys, values, output; eager also keys and values a head,
+    each score's tanh, two softmaxes.
     """
     d, f = config.hidden_size, config.intermediate_size
     q, kv = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
     eager = config._attn_implementation != "flex_attention"
     scores, kv = (config.num_attention_heads * row_tokens, q) if eager else (0, kv)
-    return 32 * d + 2 * (2 * d + 4 * f + 2 * q + 2 * kv) + 8 * scores, max(6 * f, 8 * scores)
+    return 32 * d + 2 * (5 * d + 4 * f + 2 * q + 2 * kv) + 8 * scores, max(6 * f, 8 * scores)
 
 
 def main():

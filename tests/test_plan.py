@@ -17,7 +17,7 @@ SMALL = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4, 
 SMALL |= {"head_dim": 16, "vocab_size": 500, "num_hidden_layers": 6, "attn_implementation": "eager"}
 
 
-PEAKS = {  # GB simulated on fake tensors, with DDP or FSDP2: 8 rows of 1024, 4 ranks
+PEAKS = {  # GB simulated on fake tensors with a bf16 residual stream, DDP or FSDP2: 8 rows of 1024, 4 ranks
     ("9b", "fpo", ""): 58.1,
     ("9b", "tdpo2", ""): 76.4,
     ("9b", "fpo", " --shard fsdp"): 34.8,
@@ -31,7 +31,11 @@ def test_peaks_of_gemma_2(name, method, flags):
     config = Gemma2Config(**plan.GEMMA_2[f"gemma-2-{name}"], attn_implementation="flex_attention")
     rule = {"9b": "rmsprop", "2b": "adam"}[name]
     found = plan.plan(config, method=method, rule=rule, tokens=8192, **plan.WAYS[flags])
-    assert found["total"] == pytest.approx(PEAKS[name, method, flags], rel=0.03)
+    # A float32 stream: 2 bytes more a layer's input, gone at FSDP2's peak; without checkpointing three copies
+    # more of it in bf16, for the products.
+    more = {"": 2, " --shard fsdp": 0, " --no_activation_checkpointing": 6}[flags]
+    stream = more * config.num_hidden_layers * config.hidden_size * 8192 / 1e9
+    assert found["total"] == pytest.approx(PEAKS[name, method, flags] + stream, rel=0.03)
     assert found["total"] == pytest.approx(sum(v for item, v in found.items() if item != "total"))
 
 
@@ -43,7 +47,8 @@ def test_bytes_of_a_parameter_and_of_a_token(name, P, layer_KiB):
     # bf16 weight; RMSprop's average and the rest of the float32 master; the frozen reference.
     bytes_each = [found[item] * 1e9 / P for item in ("weights", "optimizer", "reference")]
     assert bytes_each == pytest.approx([2, 6, 2])
-    assert plan.layer_bytes(config, 1024)[0] == layer_KiB * 1024  # measured on the real layer, in bf16
+    # Measured on the real layer, in bf16; a float32 stream leaves five products a bf16 copy each, not two.
+    assert plan.layer_bytes(config, 1024)[0] == layer_KiB * 1024 + 3 * 2 * config.hidden_size
     # A second micro-batch computes beside the first one's gradients, 4 bytes each over 4 ranks.
     options |= {"method": "dpo", "shard": "fsdp"}
     one, two = (plan.plan(config, micro_batches=n, **options)["total"] for n in (1, 2))
