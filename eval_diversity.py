@@ -318,7 +318,8 @@ def main(settings: Settings | None = None):
     dtype = train.torch_dtype(config, device)
     policy = fpo.Policy(train.load_lm(config.model, device, dtype=dtype), saes, sites)
     if settings.reference:
-        policy.hold_reference(train.load_lm(settings.reference, device, dtype=dtype))
+        reference = train.load_lm(settings.reference, device, dtype=dtype)
+        policy.hold_reference(fpo.Policy(reference, saes, sites))
 
     # ---- scores
     rows = train.rows_of(config, tokenizer, pairs, device)

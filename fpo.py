@@ -120,30 +120,23 @@ class Policy(nn.Module):
             raise UserError(f"{type(lm).__name__}: a decoder with `model` and a head without bias is needed")
         self.lm, self.saes, self.sites, self.fused = lm, tuple(saes), tuple(sites), fused
         self.dtype = lm.dtype  # of the products; scale.shard_policy's weights are float32 in any case
-        self._hooks = self._hook(lm)
         # A module in a tuple is not a part of this one: the reference is not trained, saved or wrapped.
-        self.reference: tuple = ()
-        self._reference_hooks: tuple[SiteHook, ...] = ()
-
-    def _hook(self, lm):
+        self.reference: tuple[Policy, ...] = ()
         try:
-            hooks = tuple(SiteHook(lm, layer, site) for layer, site in self.sites)
+            self._hooks = tuple(SiteHook(lm, layer, site) for layer, site in self.sites)
         except ValueError as error:
             raise UserError(str(error)) from error
-        for hook, sae, where in zip(hooks, self.saes, self.sites, strict=True):
+        for hook, sae, where in zip(self._hooks, self.saes, self.sites, strict=True):
             if hook.d != sae.d:
                 raise UserError(f"the SAE for {where} reads width {sae.d}, the model has {hook.d} there")
-        return hooks
 
-    def hold_reference(self, lm):
-        """Keep a frozen reference: forward then gives its statistics too, and the KL. None lets it go."""
-        for hook in self._reference_hooks:
-            hook.remove()
-        self.reference = () if lm is None else (lm.eval().requires_grad_(False),)
-        self._reference_hooks = () if lm is None else self._hook(lm)
+    def hold_reference(self, reference: "Policy | None"):
+        """Keep π_ref, with the same SAEs: forward then gives its statistics too, and the KL. None: let it go."""
+        self.reference = () if reference is None else (reference.eval().requires_grad_(False),)
 
-    def _read(self, lm, hooks, batch):
-        """(N, d) final states and, per SAE, (N, d') sites, where response tokens are predicted."""
+    def _read(self, batch):
+        """(N, d) final states, (V, d) the head's weight and, per SAE, (N, d') sites; N as in Batch."""
+        lm, hooks = self.lm, self._hooks
         mask = attention_mask(batch, lm.config.get_text_config(), lm.dtype)
         for hook in hooks:
             hook.enabled = True
@@ -158,11 +151,11 @@ class Policy(nn.Module):
         for hook in hooks:  # a checkpointed block runs again in the backward, and must not capture then
             hook.enabled, hook.value = False, None
         head = lm.get_output_embeddings().weight
-        return out.flatten(0, 1)[batch.state].to(head.dtype), sites
+        return out.flatten(0, 1)[batch.state].to(head.dtype), head, sites
 
     def read_sites(self, batch: Batch) -> list[torch.Tensor]:
         """Per SAE (N, d), what it reads of the policy where response tokens are predicted."""
-        return self._read(self.lm, self._hooks, batch)[1]
+        return self._read(batch)[2]
 
     def _pool(self, sites, batch):
         """Features c̄ (Eq. 10) and mean ‖h‖² of each response, per SAE: ((2B, m), …), ((2B,), …)."""
@@ -182,16 +175,14 @@ class Policy(nn.Module):
         """
         if plain:
             return self._plain(batch), None
-        lm, reference = self.lm, self.reference[0] if self.reference else None
-        softcap = getattr(lm.config.get_text_config(), "final_logit_softcapping", None)
+        softcap = getattr(self.lm.config.get_text_config(), "final_logit_softcapping", None)
         ref_states = ref_weight = None
-        if reference is not None:
-            with torch.no_grad():
-                ref_states, ref_sites = self._read(reference, self._reference_hooks, batch)
-                ref_weight = reference.get_output_embeddings().weight
-        states, sites = self._read(lm, self._hooks, batch)
+        with torch.no_grad():
+            for reference in self.reference:
+                ref_states, ref_weight, ref_sites = reference._read(batch)
+        states, weight, sites = self._read(batch)
         logps, kl, ref_logps, H = token_statistics(
-            states, lm.get_output_embeddings().weight, batch.target,
+            states, weight, batch.target,
             softcap=softcap, ref_states=ref_states, ref_weight=ref_weight, entropy=entropy, fused=self.fused,
         )  # fmt: skip
         # Sums over each response as a product: the same order every time, on any device.
@@ -199,7 +190,7 @@ class Policy(nn.Module):
         kl, H = (None if x is None else belongs @ x for x in (kl, H))
         features, norms = self._pool(sites, batch)
         policy = Statistics(belongs @ logps, batch.lengths, features, kl, H, norms)
-        if reference is None:
+        if not self.reference:
             return policy, None
         with torch.no_grad():
             features, norms = self._pool(ref_sites, batch)

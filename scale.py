@@ -392,7 +392,8 @@ def scale_gradients_(parameters, factor: float):
 def shard_layers(lm, *, dtype=torch.bfloat16, device=None):
     """Shard each of `lm.model.layers` over the ranks; a layer is whole, in `dtype`, only while it computes.
 
-    From the CPU they go to `device` (None: the model's) one by one. Returns the root's `fully_shard` options.
+    From the CPU they go to `device` (None: the model's) one by one. Of a held reference (TDPO) that is all:
+    load it in `dtype`, and move the rest, its embedding, yourself. Returns the root's `fully_shard` options.
     """
     mesh = init_device_mesh(torch.device(device or lm.device).type, (dist.get_world_size(),))
     precision = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
@@ -406,16 +407,14 @@ def shard_policy(policy, *, dtype=torch.bfloat16, device=None):
 
     The order: activation checkpointing, Policy with its hooks, this, the optimizer. The shards are the
     float32 masters; `dtype` is the computation's. The root is the policy, since its forward uses the head's
-    weight: with the body as root the head would part from the embedding in silence. Of a held reference
-    (TDPO) the embedding stays whole: load it in `dtype`. After a forward under no_grad call
-    `policy.reshard()`. Every rank must call forward equally often. ValueError for other weights than float32.
+    weight: with the body as root the head would part from the embedding in silence. After a forward under
+    no_grad call `policy.reshard()`. Every rank must call forward equally often. ValueError for other weights
+    than float32.
     """
     lm = policy.lm
     if odd := {p.dtype for p in lm.parameters()} - {torch.float32}:
         raise ValueError(f"{odd} weights: the shards are the masters, so they must be float32")
     options = shard_layers(lm, dtype=dtype, device=device)
-    for reference in policy.reference:  # TDPO's, outside the policy's module tree
-        shard_layers(reference, dtype=dtype, device=device)
     fully_shard(policy, **options)
     policy.dtype = dtype
 

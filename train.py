@@ -342,31 +342,21 @@ def rows_of(config, tokenizer, pairs, device) -> dict:
     return {"layout": layout, "row_multiple": 128 if device.type == "cuda" else 1, "pad_id": pad}
 
 
-def load_policy(name, config, device, saes, sites):
-    """A Policy as training runs it, and the digest of its weights."""
+def load_policy(name, config, device, saes, sites, frozen=False):
+    """A Policy as training runs it, or the `frozen` reference beside it, and the digest of its weights."""
     fsdp, dtype = config.shard == "fsdp", torch_dtype(config, device)
-    lm = load_lm(name, device, dtype=torch.float32 if fsdp else dtype, move=not fsdp)
+    lm = load_lm(name, device, dtype=torch.float32 if fsdp and not frozen else dtype, move=not fsdp)
     digest = offline.digest(lm.state_dict())
-    if config.activation_checkpointing:
+    if config.activation_checkpointing and not frozen:
         lm.activation_checkpointing_enable({"use_reentrant": False})
     policy = fpo.Policy(lm, saes, sites, fused=None if config.compile else False)
     compile_layers(lm, config, device, sites)  # after the hooks
-    if fsdp:
-        scale.shard_policy(policy, dtype=dtype, device=device)
-    return policy, digest
-
-
-def hold_reference(policy, config, device, hashed=False):
-    """Load the frozen reference and keep it beside the policy. Returns its digest, if `hashed`."""
-    fsdp, dtype = config.shard == "fsdp", torch_dtype(config, device)
-    lm = load_lm(config.reference, device, dtype=dtype, move=not fsdp)
-    digest = offline.digest(lm.state_dict()) if hashed else None
-    policy.hold_reference(lm)
-    compile_layers(lm, config, device, policy.sites)  # as the policy's, or both would round differently
-    if fsdp:
+    if fsdp and frozen:
         scale.shard_layers(lm, dtype=dtype, device=device)
         lm.to(device)  # what is not in a layer: the embedding, the final norm
-    return digest
+    elif fsdp:
+        scale.shard_policy(policy, dtype=dtype, device=device)
+    return policy, digest
 
 
 def compile_layers(lm, config, device, sites):
@@ -665,7 +655,8 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
     pairs, held_out = (load_data(name, config, tokenizer) for name in ("dataset", "eval_dataset"))
     rows = rows_of(config, tokenizer, pairs, device)  # how a batch is laid out
     budget = {"max_tokens": config.micro_batch_tokens, **rows}
-    policy, digest = load_policy(config.model, config, device, encoders or saes, sites)
+    loading = config, device, encoders or saes, sites
+    policy, digest = load_policy(config.model, *loading)
     save_model(policy, tokenizer, config, weights=False)  # what the end will write is tried now
     found = prove(policy, pairs, config, rows)  # the audit: this forward against the model's own
 
@@ -675,7 +666,7 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
     if config.method in fpo.CACHED or (saes and config.feature_scale == "rms"):
         reference = policy
         if config.reference != config.model:
-            reference, digest = load_policy(config.reference, config, device, encoders or saes, sites)
+            reference, digest = load_policy(config.reference, *loading)
         compiled = config.compile and device.type == "cuda"
         arithmetic = {"device": device.type, "compute": str(torch_dtype(config, device)), "compile": compiled}
         arithmetic |= {"tf32": config.dtype == "tf32", "layout": rows["layout"]}
@@ -689,7 +680,8 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
         if config.feature_scale == "rms":
             units = cache.units(pairs.sizes[:, 1:])
     if config.method in fpo.NEEDED:
-        digest = hold_reference(policy, config, device, hashed=True)
+        reference, digest = load_policy(config.reference, *loading, frozen=True)
+        policy.hold_reference(reference)
     if config.shard == "fsdp":  # a forward without gradients leaves the root's weights whole
         policy.reshard()
 
@@ -697,7 +689,7 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
         """Held-out scores; where the KL is wanted, the reference is loaded for it alone."""
         lent = config.eval_kl and config.method not in (*fpo.NEEDED, "sft")
         if lent:
-            hold_reference(policy, config, device)
+            policy.hold_reference(load_policy(config.reference, *loading, frozen=True)[0])
         lookup = held_out_cache and held_out_cache.lookup
         options = {"lookup": lookup, "k": config.k, "units": units, "progress": rank == 0}
         table = fpo.score_pairs(policy, held_out, **options, **budget)

@@ -128,8 +128,8 @@ def make_policies(args, methods):
         sae.threshold.fill_(z.quantile(1 - 1 / 300).clamp(min=0))
     if held := [method for method in methods if method in fpo.NEEDED]:
         policies |= dict.fromkeys(held, fpo.Policy(lm))
-        policies[held[0]].hold_reference(make_lm(args))
-        layers += policies[held[0]].reference[0].model.layers
+        policies[held[0]].hold_reference(fpo.Policy(make_lm(args)))
+        layers += policies[held[0]].reference[0].lm.model.layers
     for layer in layers if args.compile else ():  # after the hooks
         layer.compile()
     return policies

@@ -102,7 +102,7 @@ def by_hand(lm, reference, sae, pairs):
 def test_scores_against_plain_loops(lm, tokenizer):
     pairs, reference, sae = make_pairs(9, seed=4), make_lm(), make_sae()
     policy = fpo.Policy(copy.deepcopy(lm), [sae], [(1, "res")])
-    policy.hold_reference(copy.deepcopy(reference))
+    policy.hold_reference(fpo.Policy(copy.deepcopy(reference), [sae], [(1, "res")]))
     rows = by_hand(lm, reference, sae, pairs)
     settings = make_settings(features_top=5, beta=0.3, method="fpo")
     scores = evaluate(policy, tokenizer, pairs, settings, layout="shared", max_tokens=100)

@@ -67,7 +67,7 @@ def plain(lm, reference, saes, pairs):
 def policy_of(lm, saes, reference=None):
     policy = fpo.Policy(copy.deepcopy(lm), saes, SITES)
     if reference is not None:
-        policy.hold_reference(copy.deepcopy(reference))
+        policy.hold_reference(policy_of(reference, saes))
     return policy
 
 
@@ -454,7 +454,7 @@ def test_an_untrained_model_is_right_half_of_the_time(reference, saes, tmp_path,
     pairs, policy = make_pairs(10), policy_of(reference, saes)
     cache = build(policy, pairs, tmp_path)
     if method == "tdpo2":
-        policy.hold_reference(copy.deepcopy(reference))
+        policy.hold_reference(policy_of(reference, saes))
     table = fpo.score_pairs(policy, pairs, lookup=cache.lookup, layout="shared")
     for name in ("reward_accuracy", "reward_accuracy_sum", "reward_accuracy_mean"):
         above, below = fpo.pair_columns(table, method=method)[name]

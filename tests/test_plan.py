@@ -79,7 +79,7 @@ def test_a_small_step_on_fake_tensors(method, checkpointing):
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
         policy = fpo.Policy(AutoModelForCausalLM.from_config(config, **options))
         if method == "tdpo2":
-            policy.hold_reference(AutoModelForCausalLM.from_config(config, **options))
+            policy.hold_reference(fpo.Policy(AutoModelForCausalLM.from_config(config, **options)))
         if checkpointing:
             policy.lm.activation_checkpointing_enable({"use_reentrant": False})
         policy.train()

@@ -360,7 +360,7 @@ def make_policy(held):
     policy = fpo.Policy(nudge(make_lm()), [make_sae()], [(2, "res")])
     policy.lm.activation_checkpointing_enable({"use_reentrant": False})
     if held:
-        policy.hold_reference(make_lm())
+        policy.hold_reference(fpo.Policy(make_lm(), policy.saes, policy.sites))
     return policy.train()
 
 
@@ -402,6 +402,8 @@ def work(rank, folder):
     for held in (False, True):
         policy = make_policy(held)
         scale.shard_policy(policy, dtype=FLOAT32)
+        for reference in policy.reference:
+            scale.shard_layers(reference.lm, dtype=FLOAT32)
         seen["records", held] = train(policy, rank, 2)
         policy.reshard()
         seen["weights", held] = scale.full_state_dict(policy)
