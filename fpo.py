@@ -131,7 +131,7 @@ class Policy(nn.Module):
                 raise UserError(f"the SAE for {where} reads width {sae.d}, the model has {hook.d} there")
 
     def hold_reference(self, reference: "Policy | None"):
-        """Keep π_ref, with the same SAEs: forward then gives its statistics too, and the KL. None: let it go."""
+        """Keep π_ref, with the same SAEs: forward then gives its statistics and the KL. None: no more."""
         self.reference = () if reference is None else (reference.eval().requires_grad_(False),)
 
     def _read(self, batch):
@@ -147,7 +147,7 @@ class Policy(nn.Module):
             out = lm.model(
                 **given, position_ids=batch.positions, attention_mask=mask, use_cache=False
             ).last_hidden_state  # (R, L, d), after the final norm
-        sites = [hook.value.flatten(0, 1)[batch.state] for hook in hooks]
+        sites = [cast(torch.Tensor, hook.value).flatten(0, 1)[batch.state] for hook in hooks]
         for hook in hooks:  # a checkpointed block runs again in the backward, and must not capture then
             hook.enabled, hook.value = False, None
         head = lm.get_output_embeddings().weight

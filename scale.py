@@ -168,11 +168,8 @@ def token_statistics(
         fused: compile what is done to a slice of logits into one kernel; None: on CUDA.
     Returns: log π(token), KL(ref ‖ policy), log π_ref(token) and entropy, nats, each (N,) float32 or None.
     """
-    chunk, fused = (
-        VOCABULARY_SLICE["cuda" if states.is_cuda else "cpu"],
-        fused or (fused is None and states.is_cuda),
-    )
-    options = chunk, entropy, fused
+    fused = states.is_cuda if fused is None else fused
+    options = VOCABULARY_SLICE["cuda" if states.is_cuda else "cpu"], entropy, fused
     return _TokenStatistics.apply(states, weight, targets, softcap, ref_states, ref_weight, *options)
 
 
@@ -246,7 +243,7 @@ def join(weight, rest):
     return ((weight.view(torch.int16).to(torch.int32) << 16) + rest).view(torch.float32)
 
 
-def _local(tensor):
+def local(tensor):
     """What this rank holds of a tensor: its shard of a DTensor, else all of it."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
@@ -305,13 +302,18 @@ class ExactOptimizer(torch.optim.Optimizer):
         if odd := {p.dtype for g in self.param_groups for p in g["params"]} - {torch.float32, torch.bfloat16}:
             raise ValueError(f"{odd} weights: float32 or bfloat16; in others updates would round away")
 
-    def new_state(self, parameter, rule):
-        """The state that a parameter starts with."""
-        weight, averages = _local(parameter), ("exp_avg", "exp_avg_sq") if rule == "adam" else ("square_avg",)
-        state = {name: torch.zeros_like(weight, dtype=torch.float32) for name in averages}
+    def state_of(self, parameter):
+        """A parameter's state; zeros, before its first step."""
+        if state := self.state[parameter]:
+            return state
+        weight, adam = local(parameter), self.defaults["rule"] == "adam"
+        for name in ("exp_avg", "exp_avg_sq") if adam else ("square_avg",):
+            state[name] = torch.zeros_like(weight, dtype=torch.float32)
         if weight.dtype == torch.bfloat16:
             state["rest"] = torch.zeros_like(weight, dtype=torch.int16)
-        return state | ({"step": torch.zeros((), dtype=torch.int64)} if rule == "adam" else {})
+        if adam:
+            state["step"] = torch.zeros((), dtype=torch.int64)
+        return state
 
     @torch.no_grad()
     def step(self):  # type: ignore[override]
@@ -319,8 +321,7 @@ class ExactOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self.state[parameter] = self.state[parameter] or self.new_state(parameter, group["rule"])
-                    self._update(parameter, self.state[parameter], group)
+                    self._update(parameter, self.state_of(parameter), group)
 
     def _update(self, parameter, state, group):
         rule: Callable
@@ -333,7 +334,7 @@ class ExactOptimizer(torch.optim.Optimizer):
             changing = {"step_size": group["lr"]}
             rule, fixed = rmsprop_, {"alpha": group["alpha"], "eps": group["eps"]}
         tensors = {"weight": parameter, "g": parameter.grad} | state
-        flat = {name: _local(x).detach().view(-1) for name, x in tensors.items() if name != "step"}
+        flat = {name: local(x).detach().view(-1) for name, x in tensors.items() if name != "step"}
         if self.fused or (self.fused is None and parameter.is_cuda):  # filled there: a copy would wait
             changing = {name: torch.full((), x, device=parameter.device) for name, x in changing.items()}
             return compiled(update_)(rule, **flat, **changing, **fixed)
@@ -345,8 +346,8 @@ class ExactOptimizer(torch.optim.Optimizer):
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})  # lr and the rest
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for number, saved in state_dict["state"].items():
-            own = self.new_state(parameters[number], self.param_groups[0]["rule"])
-            self.state[parameters[number]] = {name: own[name].copy_(saved[name]) for name in own}
+            for name, tensor in self.state_of(parameters[number]).items():
+                tensor.copy_(saved[name])
 
 
 def make_optimizer(rule, parameters, lr, *, shard, betas=(0.9, 0.999), fused=None):
@@ -370,9 +371,9 @@ def gradient_norm(parameters):
     for the device. Where it is not finite, the gradients are void: don't step."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if gradients[0].is_cuda:  # one pass, without a copy in float32
-        squares = [torch.linalg.vector_norm(_local(g), dtype=torch.float32).square() for g in gradients]
+        squares = [torch.linalg.vector_norm(local(g), dtype=torch.float32).square() for g in gradients]
     else:  # sums are pairwise here; vector_norm adds in a row on the CPU (8e-5 off at 2^22 elements)
-        squares = [part.float().square().sum() for g in gradients for part in _local(g).view(-1).split(SLICE)]
+        squares = [part.float().square().sum() for g in gradients for part in local(g).view(-1).split(SLICE)]
     total = torch.stack(squares).double().sum()  # hundreds of parts: nothing is lost by adding them
     if isinstance(gradients[0], DTensor):
         dist.all_reduce(total, group=gradients[0].device_mesh.get_group())  # the other ranks' shards
@@ -385,7 +386,7 @@ def scale_gradients_(parameters, factor: float):
     max_norm / (norm + 1e-6), and only where `gradient_norm` gave more than max_norm."""
     for parameter in parameters:
         if parameter.grad is not None:
-            _local(parameter.grad).mul_(factor)
+            local(parameter.grad).mul_(factor)
 
 
 # ---------------------------------------------------------------------------- FSDP2

@@ -26,7 +26,6 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch._inductor.exc import InductorError
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -306,17 +305,12 @@ def load_saes(config, device):
     return saes, [(layer, config.sae_site) for layer in layers]
 
 
-def vocabulary_size(config) -> int:
-    """That of model and reference. UserError where they differ."""
+def load_data(flag_name, config, tokenizer):
+    """The pairs of --dataset or --eval_dataset, with what was left out or cut printed."""
     size, other = (load_config(n).get_text_config().vocab_size for n in (config.model, config.reference))
     if size != other:
         refuse(f"--reference {config.reference}: a vocabulary of {other}, the model's has {size}")
-    return size
-
-
-def load_data(flag_name, config, tokenizer):
-    """The pairs of --dataset or --eval_dataset, with what was left out or cut printed."""
-    source, size = getattr(config, flag_name), vocabulary_size(config)
+    source = getattr(config, flag_name)
     pairs = data.load_pairs(
         source, tokenizer, max_length=config.max_length, max_prompt_length=config.max_prompt_length,
         sft=config.method == "sft", chat_format=config.chat_format,
@@ -383,7 +377,7 @@ def prove(policy, pairs, config, rows) -> dict:
     """`fpo.audit`, printed; then freeze parameters that get no gradient (a vision tower), as DDP needs."""
     try:
         found = fpo.audit(policy, pairs, k=config.k, **rows)
-    except (torch._dynamo.exc.TorchDynamoException, InductorError) as error:
+    except torch._dynamo.exc.TorchDynamoException as error:
         refuse(f"torch.compile fails ({str(error).splitlines()[0]}); --no_compile trains without it")
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
         refuse(f"{type(policy.lm).__name__}: our forward does not fit this architecture: {error!r:.200}")
@@ -462,22 +456,15 @@ def peak_memory_gb(device) -> float:
 
 
 # ---------------------------------------------------------------------------- a run's state, and its model
-def held(policy, optimizer) -> tuple[dict[str, torch.Tensor], set[str]]:
-    """This rank's weights and optimizer states by parameter name, and the names that rank 0 holds as well."""
-    inner = getattr(optimizer, "optim", optimizer)  # within a ZeroRedundancyOptimizer: this rank's share
-    rules = {id(p): group["rule"] for group in inner.param_groups for p in group["params"]}
-    tensors, common = dict[str, torch.Tensor](), set[str]()
+def held(policy, optimizer) -> dict[str, torch.Tensor]:
+    """This rank's weights and optimizer states by parameter name; of what is sharded its shards."""
+    inner, tensors = getattr(optimizer, "optim", optimizer), dict[str, torch.Tensor]()
+    updated = {id(p) for group in inner.param_groups for p in group["params"]}  # by this rank
     for name, parameter in policy.named_parameters():
-        sharded = isinstance(parameter, DTensor)
-        found = {f"weight/{name}": parameter.to_local() if sharded else parameter}
-        common |= set() if sharded else {f"weight/{name}"}
-        if id(parameter) in rules:
-            state = inner.state[parameter] or inner.new_state(parameter, rules[id(parameter)])
-            inner.state[parameter] = state
-            found |= {f"{key}/{name}": tensor for key, tensor in state.items()}
-            common |= set(found) if inner is optimizer and not sharded else set()
-        tensors |= {name: tensor.detach() for name, tensor in found.items()}
-    return tensors, common
+        tensors[f"weight/{name}"] = scale.local(parameter).detach()
+        if id(parameter) in updated:
+            tensors |= {f"{key}/{name}": tensor for key, tensor in inner.state_of(parameter).items()}
+    return tensors
 
 
 def save_state(out, step: int, policy, optimizer, meta: dict):
@@ -492,8 +479,9 @@ def save_state(out, step: int, policy, optimizer, meta: dict):
             shutil.rmtree(left)
         aside.mkdir(parents=True)
     data.barrier()
-    tensors, common = held(policy, optimizer)
-    mine = {name: t.contiguous() for name, t in tensors.items() if rank == 0 or name not in common}
+    # Whole weights are the same on every rank: rank 0 writes them.
+    writes = rank == 0 or isinstance(next(policy.parameters()), DTensor)
+    mine = {n: t.contiguous() for n, t in held(policy, optimizer).items() if writes or n[:7] != "weight/"}
     with data.writing(aside):
         # safetensors cannot reopen a file that has neither tensors nor metadata, so always write metadata.
         save_file(mine, aside / f"rank_{rank}.safetensors", metadata={"rank": str(rank)})
@@ -538,7 +526,7 @@ def load_state(out, policy, optimizer):
     try:
         files = [safe_open(folder / f"rank_{r}.safetensors", "pt") for r in sorted({0, rank}, reverse=True)]
         with torch.no_grad():
-            for name, tensor in held(policy, optimizer)[0].items():
+            for name, tensor in held(policy, optimizer).items():
                 file = next(file for file in files if name in file.keys())  # noqa: SIM118
                 tensor.copy_(file.get_tensor(name))
     except (OSError, SafetensorError, StopIteration, RuntimeError) as error:
@@ -650,7 +638,6 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
     say(f"starting from {config.model}")
     needs_saes = config.sae is not None and config.method != "sft"
     saes, sites = load_saes(config, device) if needs_saes else ([], [])
-    vocabulary_size(config)
     tokenizer = data.load_tokenizer(config.model)
     pairs, held_out = (load_data(name, config, tokenizer) for name in ("dataset", "eval_dataset"))
     rows = rows_of(config, tokenizer, pairs, device)  # how a batch is laid out
