@@ -154,31 +154,26 @@ def sae_cost(config, N, m, responses):
 
 
 # ---------------------------------------------------------------------------- the whole step
-def step_cost(config, batch, *, method, rule, ranks, checkpointing, sae_width):
-    """{part: (4,) FLOPs, and bytes eager, compiled, fused} of a rank's step of one micro-batch."""
-    held, N, P = method in NEEDED, len(batch.target), parameters_of(config)[0]
-    forward, backward, layers = (cost[[0, 1, 2, 2]] for cost in body_cost(config, batch.tokens))
-    return {
-        "body": forward + backward,
-        "recompute": checkpointing * layers,
-        "reference": held * forward,
-        # Of attention's two products the backward makes one again, and two gradients of each.
-        "attention": attention_flops(config, batch) * np.array([3.5 + checkpointing + held, 0, 0, 0]),
-        "head": head_cost(config, N, held)[[0, 1, 1, 2]],
-        "SAE": (method == "fpo") * sae_cost(config, N, sae_width, len(batch.lengths))[[0, 1, 1, 1]],
-        "clip": P * np.array([0, *CLIP]),
-        "update": P / ranks * np.array([0, *UPDATE[rule]]),
-    }
-
-
 def tables(args, batch, method) -> dict:
-    """A method's step as two tables, lists of rows: the parts' FLOPs and bytes, and what each card allows.
+    """A rank's step of one micro-batch as two tables, lists of rows: the parts, and what each card allows.
 
     args: of bench.py. N parameters and T tokens make 6NT FLOPs, 8NT with checkpointing.
     """
-    options = {"rule": args.rule, "ranks": args.rank_of, "sae_width": args.sae_width}
-    costs = step_cost(args.config, batch, method=method, checkpointing=args.checkpointing, **options)
-    NT, total = parameters_of(args.config)[0] * batch.tokens.numel(), sum(costs.values())
+    config, held, again = args.config, method in NEEDED, args.checkpointing
+    N, P = len(batch.target), parameters_of(config)[0]
+    forward, backward, layers = (cost[[0, 1, 2, 2]] for cost in body_cost(config, batch.tokens))
+    costs = {  # (4,) each: FLOPs, and bytes eager, compiled, fused
+        "body": forward + backward,
+        "recompute": again * layers,
+        "reference": held * forward,
+        # Of attention's two products the backward makes one again, and two gradients of each.
+        "attention": attention_flops(config, batch) * np.array([3.5 + again + held, 0, 0, 0]),
+        "head": head_cost(config, N, held)[[0, 1, 1, 2]],
+        "SAE": (method == "fpo") * sae_cost(config, N, args.sae_width, len(batch.lengths))[[0, 1, 1, 1]],
+        "clip": P * np.array([0, *CLIP]),
+        "update": P / args.rank_of * np.array([0, *UPDATE[args.rule]]),
+    }
+    NT, total = P * batch.tokens.numel(), sum(costs.values())
     parts, bounds = [], []
     for part, (flops, *ways) in (costs | {"sum": total}).items():
         row = {"part": part, "TFLOP": flops / 1e12, "/ 6NT": flops / (6 * NT), "/ 8NT": flops / (8 * NT)}

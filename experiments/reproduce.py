@@ -258,16 +258,17 @@ def draw_features(rows):
     The 50 largest pooled activations by rank, of the first seed; and mean |c̄_θ − c̄_ref| of the 50 features
     that DPO moves most, in DPO's order, mean over seeds.
     """
-    largest, change = {}, {}
+    largest, change, rank = {}, {}, range(1, 51)
     for name in METHODS:
-        mine, rank = [row for row in rows if row["name"] == name], range(1, 51)
+        mine = [row for row in rows if row["name"] == name]
         largest[name] = rank, [mine[0]["scores"]["activations_policy"]]
         seeds = [read_json(f"{row['folder']}/measured.json")["feature_change"] for row in mine]
         change[name] = np.mean(seeds, 0)  # (m,)
     most = np.argsort(-change["dpo"], kind="stable")[:50]
     moved = {name: (rank, [values[most]]) for name, values in change.items()}
     left = ("largest activations", "feature, by its rank", "mean c̄", largest)
-    return draw([left, ("moved by training", "feature, by its rank under DPO", "mean |c̄_θ − c̄_ref|", moved)])
+    right = ("moved by training", "feature, by its rank under DPO", "mean |c̄_θ − c̄_ref|", moved)
+    return draw([left, right])
 
 
 def save(figure, path: Path):
