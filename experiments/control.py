@@ -4,6 +4,7 @@
     python -m experiments.control --responses A.jsonl B.jsonl --criterion token --preset gemma-2-2b …
     python -m experiments.control --task no_length_norm --preset toy --out OUT    sums of log π, as in DPO
     python -m experiments.control --task no_sae --preset toy --alpha 0.2 --out OUT    D of the states
+    python -m experiments.control --task polite --preset toy --alpha 10 --out OUT    a style's features alone
     python -m experiments.control --task measure --preset toy --model OUT/model --json FILE
 
 All other flags are train.py's. The second trains with weight 1 on the features that tell A's responses from
@@ -16,7 +17,6 @@ prints is Eq. 10 on the states.
 
 import argparse
 import dataclasses
-import itertools
 import json
 from functools import partial
 from pathlib import Path
@@ -25,16 +25,15 @@ from types import SimpleNamespace
 import torch
 
 import data
-import eval_diversity
 import fpo
 import losses
 import toy
 import train
-from experiments.reproduce import publish, table
+from eval_diversity import sample_responses
+from experiments import reproduce
 from sae import SiteHook
 from scale import pooled_features
 
-HELD, ALPHA = ("polite", "shout"), 10.0  # the toy's most and least liked style
 PAIRS, PAIRS_AT_ONCE = 500, 8  # held-out pairs that are measured; their logits are made whole, (R, L, V)
 
 
@@ -195,80 +194,56 @@ def style_sides(config, style: str) -> list[data.Pairs]:
 
 
 @torch.no_grad()
-def scores_of(model: str, config) -> dict:
-    """Held-out accuracy; of 5 responses a held-out prompt entropy, and the share that opens in each style."""
-    tokenizer, lm = data.load_tokenizer(model), train.load_lm(model, "cpu")
+def style_shares(config) -> dict:
+    """The share of each style among 5 responses a held-out prompt, told by how they open."""
+    tokenizer, lm = data.load_tokenizer(config.model), train.load_lm(config.model, "cpu")
     pairs = train.load_data("eval_dataset", config, tokenizer)
-    rows = train.rows_of(config, tokenizer, pairs, lm.device)
-    right, one = fpo.pair_columns(fpo.score_pairs(fpo.Policy(lm), pairs, **rows))["accuracy"]
     prompts = dict.fromkeys(tuple(pairs.sampling_prompt(i).tolist()) for i in range(len(pairs)))
     prompts = [list(prompt) for prompt in prompts]
-    drawn = eval_diversity.sample_responses(lm, tokenizer, prompts, samples=5, seed=config.seed)
-    H, _, tokens = eval_diversity.response_statistics(lm, prompts, drawn, **rows).unbind(-1)
+    drawn = sample_responses(lm, tokenizer, prompts, samples=5, seed=config.seed)
     texts = tokenizer.batch_decode([y for many in drawn for y in many], skip_special_tokens=True)
     styles = [toy.style_of(text) for text in texts]
-    scores = {"accuracy": (right.sum() / one.sum()).item(), "entropy": (H.sum() / tokens.sum()).item()}
-    return scores | {f"share_{style}": styles.count(style) / len(styles) for style in toy.STYLES}
-
-
-def toy_control(args, train_flags):
-    """Table 4 on the toy: D_FPO of a style's features alone, of as many by chance, of all, and of none."""
-    toy.make_world("runs/toy")
-    labels = {"sft": "SFT", "none": "no constraint", "all": "all features", "random": "random features"}
-    labels |= {style: f"{style} features" for style in HELD}
-    rows, columns = [], ("accuracy", "entropy", *(f"share_{style}" for style in toy.STYLES))
-    for seed, name in itertools.product(args.seeds, labels):
-        flags = ["--preset", "toy", "--seed", str(seed), "--out", f"runs/toy/control/{name}_seed{seed}"]
-        flags += ["--alpha", "0" if name == "none" else str(ALPHA), "--eval_every", "0", *train_flags]
-        config, loss_function = train.parse_args(flags), fpo.method_loss
-        if name in ("random", *HELD):
-            criterion, style = ("random", HELD[0]) if name == "random" else (args.criterion, name)
-            found = feature_statistics(config, style_sides(config, style))
-            loss_function = partial(weighted_loss, choose_features(*found, criterion, seed=seed))
-        if name != "sft":
-            train.main(config, loss_function=loss_function)
-        model = config.model if name == "sft" else f"{config.out}/model"
-        rows.append({"name": name, "method": name, "seed": seed, "scores": scores_of(model, config)})
-    lines = [(label, name, "", ()) for name, label in labels.items()]
-    publish(args, rows, {"Table 4 on the toy world": table(rows, lines, columns)}, {})
+    return {f"share_{style}": styles.count(style) / len(styles) for style in toy.STYLES}
 
 
 # ---------------------------------------------------------------------------- the script
 def parse_args(argv=None):
-    """(our flags, the words that are train.py's)."""
+    """(our flags, the words that are train.py's, or reproduce.py's)."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    flag, tasks = parser.add_argument, ("control", "no_length_norm", "no_sae", "measure")
-    flag("--task", default="control", choices=tasks, help="control (default): Table 4")
+    flag, variants = parser.add_argument, ("no_length_norm", "no_sae", "random", *toy.STYLES)
+    flag(
+        "--task", choices=(*variants, "measure", "styles"), help="what to train or to measure; none: Table 4"
+    )
     flag("--responses", nargs=2, help="files of responses with the feature, and without; none: on the toy")
     flag("--criterion", default="difference", choices=("difference", "token"), help="token: the paper's")
-    flag("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the toy's table (0 1 2)")
-    flag("--assets", default="assets", help="folder of the toy's results.json and control.md (assets)")
-    flag("--json", help="file that `measure` writes")
+    flag("--json", help="file that `measure` and `styles` write")
     return parser.parse_known_args(argv)
 
 
 def main(argv=None):
     """The toy's table; or one training of a variant; or measures of a model."""
-    args, train_flags = parse_args(argv)
-    if args.task == "control" and not args.responses:
-        return toy_control(args, train_flags)
-    config = train.parse_args(train_flags)
+    args, other_flags = parse_args(argv)
+    if not args.task and not args.responses:
+        return reproduce.main(["control", *other_flags])
+    config = train.parse_args(other_flags)
     if args.task == "no_length_norm":
-        train.main(config, loss_function=loss_without_length_norm)
-    elif args.task == "no_sae":
-        train.main(config, loss_function=loss_of_states, encoders=[state_encoder(config)])
-    elif args.task == "measure":
-        data.write_json(args.json, measure(config))
-    else:
-        data.start_processes()  # so that rank 0 tokenises for all
+        return train.main(config, loss_function=loss_without_length_norm)
+    if args.task == "no_sae":
+        return train.main(config, loss_function=loss_of_states, encoders=[state_encoder(config)])
+    if args.task in ("measure", "styles"):
+        return data.write_json(args.json, measure(config) if args.task == "measure" else style_shares(config))
+    data.start_processes()  # so that rank 0 tokenises for all
+    if args.responses:  # without a rejected one they are read as SFT's are
         tokenizer = data.load_tokenizer(config.model)
-        # Responses without a rejected one are read as SFT's are.
         configs = [dataclasses.replace(config, method="sft", dataset=source) for source in args.responses]
-        found = feature_statistics(config, [train.load_data("dataset", one, tokenizer) for one in configs])
-        features = choose_features(*found, args.criterion)
-        if data.ranks()[0] == 0:
-            print(f"weight 1 on features {features}, 0 on all others")
-        train.main(config, loss_function=partial(weighted_loss, features))
+        sides = [train.load_data("dataset", one, tokenizer) for one in configs]
+    else:
+        sides = style_sides(config, "polite" if args.task == "random" else args.task)
+    criterion = "random" if args.task == "random" else args.criterion
+    features = choose_features(*feature_statistics(config, sides), criterion, seed=config.seed)
+    if data.ranks()[0] == 0:
+        print(f"weight 1 on features {features}, 0 on all others")
+    train.main(config, loss_function=partial(weighted_loss, features))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
     python -m experiments.reproduce comparison    Table 2 right, Fig. 2 left, Fig. 3, Fig. 4 right; FPO by α
     python -m experiments.reproduce ablation      Tables 3, 6, 7; FPO without its parts; SAE afterwards; time
     python -m experiments.reproduce frontier      accuracy at equal KL and at equal D_FPO, over β and α
+    python -m experiments.reproduce control       Table 4 on the toy
     python -m experiments.reproduce comparison --preset own --model SFT --dataset F --eval_dataset G ...
 
 All other flags are train.py's, for every run. No score is computed here: train.py, eval_diversity.py and
@@ -118,12 +119,12 @@ def make_run(args, method: str, flags: str, seed: int) -> dict:
     training += f" --eval_every {args.eval_every} {own} {flags}"
     scoring = f"{args.python} eval_diversity.py {preset} {models} {scoring_flags(args.train_flags)}"
     scoring += f" --seed {seed} --samples {args.samples} --features_top 50 --json {out}/scored.json"
-    measuring = (
-        f"python -m experiments.control --task measure {preset} {own} {models} --json {out}/measured.json"
-    )
-    # The frontier takes training's own evaluations; single tokens and features are of the tables' main rows.
-    wanted = (method != "sft", args.task != "frontier", args.task != "frontier" and not flags)
-    commands = itertools.compress((training, scoring, measuring), wanted)
+    measure = "styles" if args.task == "control" else "measure"
+    measuring = f"python -m experiments.control --task {measure} {preset} {own} {models}"
+    measuring += f" --seed {seed}" * (args.task == "control") + f" --json {out}/measured.json"
+    commands = [training] if method != "sft" else []
+    if args.task != "frontier":  # training's own evaluations are enough there
+        commands += [scoring] if flags and args.task != "control" else [scoring, measuring]
     commands = [" ".join(text.split()) for text in commands]
     return {"name": name, "method": method, "seed": seed, "folder": out, "commands": commands}
 
@@ -367,6 +368,15 @@ def ablation(args):
     publish(args, rows, {title: table(rows, *parts) for title, parts in plan.items()}, {})
 
 
+def control(args):
+    """Table 4 on the toy: D_FPO of a style's features alone, of as many by chance, of all, and of none."""
+    sides = {"all": "fpo", "random": "random", "polite": "polite", "shout": "shout"}
+    lines = [LINES["sft"], ("no constraint", "fpo", "--alpha 0", ())]
+    lines += [(f"{name} features", method, "--alpha 10", ()) for name, method in sides.items()]
+    rows, columns = do_lines(args, lines), ("accuracy", "entropy", *(f"share_{s}" for s in toy.STYLES))
+    publish(args, rows, {"Table 4 on the toy world": table(rows, lines, columns)}, {})
+
+
 # ---------------------------------------------------------------------------- the frontier
 def best_within(rows, names, key: str, level: float) -> float:
     """A method's best held-out accuracy at a distance of at most `level`: that of its best setting.
@@ -435,7 +445,7 @@ def parse_args(argv=None):
     """Our flags, and train.py's, which are checked. Defaults follow from the preset."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     flag = parser.add_argument
-    flag("task", choices=("comparison", "ablation", "frontier"))
+    flag("task", choices=("comparison", "ablation", "frontier", "control"))
     flag("--preset", default="toy", choices=train.PRESETS, help="train.py's (toy)")
     flag("--model", help="the SFT model that all start from (the preset's, made if missing)")
     flag("--seeds", type=int, nargs="+", help="(0 1 2; frontier 0)")
@@ -463,7 +473,8 @@ def main(argv=None):
     elif not args.model and not Path(args.start).is_dir():
         sft = f"{args.python} train.py --method sft --preset {args.preset}"
         subprocess.run([sys.executable, *sft.split()[1:]], check=True)
-    {"comparison": comparison, "ablation": ablation, "frontier": frontier}[args.task](args)
+    tasks = {"comparison": comparison, "ablation": ablation, "frontier": frontier, "control": control}
+    tasks[args.task](args)
 
 
 if __name__ == "__main__":

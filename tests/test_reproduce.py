@@ -104,7 +104,7 @@ def planned(monkeypatch, options):
 
 
 OWN = "--preset own --model M --dataset F.jsonl --eval_dataset G.jsonl --sae S --sae_layer 3 4 --lr 1"
-TASKS = ("ablation --preset toy", "ablation --preset gemma-2-2b", f"comparison {OWN}", "frontier")
+TASKS = ("ablation --preset toy", "ablation --preset gemma-2-2b", f"comparison {OWN}", "frontier", "control")
 
 
 @pytest.mark.parametrize("words", TASKS)
@@ -118,7 +118,7 @@ def test_every_command_is_one_that_the_scripts_take(tmp_path, monkeypatch, words
             words = ["--preset", *shlex.split(rest)]
             if "eval_diversity.py" in script:
                 config = eval_diversity.parse_args(words).config
-            elif "measure" in script:
+            elif "--json" in words:  # a measure
                 config = train.parse_args(words[: words.index("--json")])
             else:
                 config = train.parse_args([*words, *shlex.split(script.partition("train.py")[2])])
