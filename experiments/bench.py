@@ -9,8 +9,8 @@ The step is the real one, with random weights: collate, forward, loss, backward,
 layers are compiled. Steps take turns (A B C, A B C, …): a figure is the median over the rounds, a ratio the
 median of the rounds' ratios, so that it holds on a busy machine too.
 
-Memory: on CUDA the allocator's peak within a step; on the CPU the resident set's, above what the process held
-before it made the model. Each step has a process of its own, since an allocator keeps what another one left.
+Memory: the peak within a step, of the allocator on CUDA, else of the resident set, above what the process
+held before it made the model. Each step has a process of its own: an allocator keeps what another one left.
 """
 
 import argparse
@@ -52,12 +52,8 @@ SHAPES = {
 }
 
 
-# ---------------------------------------------------------------------------- flags
 def parse_args(argv=None):
-    """Flags, completed by the shape; with its `config`, and `rows` as data.collate takes it.
-
-    Raises: UserError for a wrong one.
-    """
+    """Flags, completed by the shape; with its `config`, and `rows` as data.collate takes it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.error = refuse
     add, on = parser.add_argument, {"action": "store_true"}
@@ -167,8 +163,10 @@ def trl_step(args):
     from trl import DPOConfig, DPOTrainer
 
     class OfTokens(DPOTrainer):
+        """Takes tokens as ours: made from text they could be others."""
+
         def _prepare_dataset(self, dataset, *_, **__):
-            return dataset  # tokens as ours: made from text they could be others
+            return dataset
 
     names, pairs = ("prompt_ids", "chosen_ids", "rejected_ids"), make_pairs(args, args.pairs)
     rows = [dict(zip(names, (x.tolist() for x in pairs[i]), strict=True)) for i in range(len(pairs))]
@@ -326,7 +324,6 @@ def updates():
     return rows
 
 
-# ---------------------------------------------------------------------------- main
 def main(argv=None):
     """Run what the flags ask for."""
     args = parse_args(argv)
