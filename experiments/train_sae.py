@@ -61,8 +61,8 @@ def train_centred(states, **settings):
     return arrays
 
 
-def parse_args(argv=None):
-    """The flags."""
+def main(argv=None):
+    """Reads states, trains an SAE on them, judges it on held-out ones, and writes it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.error, add = refuse, parser.add_argument
     add("--model", required=True, help="Hugging Face directory or repo: best what training starts from")
@@ -74,12 +74,7 @@ def parse_args(argv=None):
     add("--tokens", type=int, default=200_000, help="response tokens, a tenth of them held out (200000)")
     add("--steps", type=int, default=2000, help="of 256 states each (2000)")
     add("--l0_weight", type=float, default=1e-3, help="what an active feature costs, in variances (1e-3)")
-    return parser.parse_args(argv)
-
-
-def main(argv=None):
-    """Reads states, trains an SAE on them, judges it on held-out ones, and writes it."""
-    args = parse_args(argv)
+    args = parser.parse_args(argv)
     data.check_output("out", args.out, folder=True)
     if min(args.width, args.tokens, args.steps) < 1 or args.l0_weight < 0:
         refuse("--width, --tokens, --steps: must be at least 1; --l0_weight: at least 0")
