@@ -106,10 +106,9 @@ def read(lm, batch, layer: int, sae=None):
 def measure(config) -> dict:
     """What training did to the SAE's fit, to single tokens and to features, on the first held-out pairs.
 
-    Returns: over the chosen responses' tokens l0 and fvu (toy.sae_figures), cross_entropy and
-        cross_entropy_spliced (nats a token, without and with the reconstruction in the states' place);
-        chosen_largest, …: ends of log π_θ − log π_ref of a token, nats; feature_change: (m,) mean
-        |c̄_θ − c̄_ref| over all responses.
+    Returns, of the chosen responses' tokens, l0, fvu (toy.sae_figures) and cross_entropy (nats), also with
+    the reconstruction in the states' place; the ends of a token's log π_θ − log π_ref, nats; feature_change:
+    (m,) mean |c̄_θ − c̄_ref| over all responses.
     """
     device = data.start_processes()
     (sae, *_), ((layer, site), *_) = train.load_saes(config, device)
@@ -206,7 +205,6 @@ def style_shares(config) -> dict:
     return {f"share_{style}": styles.count(style) / len(styles) for style in toy.STYLES}
 
 
-# ---------------------------------------------------------------------------- the script
 def parse_args(argv=None):
     """(our flags, the words that are train.py's, or reproduce.py's)."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)

@@ -135,10 +135,7 @@ def read_json(path) -> dict:
 
 
 def do_run(run: dict) -> str:
-    """The run's commands in turn, output into log.txt, unless its run.json tells of the same. Its folder.
-
-    run.json comes last. Raises: UserError where a command fails.
-    """
+    """The run's commands in turn, unless run.json, which comes last, tells of the same. Its folder."""
     folder, began = Path(run["folder"]), time.perf_counter()
     if run.items() <= read_json(folder / "run.json").items():
         return run["folder"]
@@ -440,7 +437,6 @@ def frontier(args):
     publish(args, rows, tables, {"frontier": figure})
 
 
-# ---------------------------------------------------------------------------- the script
 def parse_args(argv=None):
     """Our flags, and train.py's, which are checked. Defaults follow from the preset."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
