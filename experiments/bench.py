@@ -2,20 +2,19 @@
 
     python -m experiments.bench [--peer trl | --reference_pass | --updates]    CPU: a tiny shape
     python -m experiments.bench --shape scaled       CPU: Gemma-2-2B with every width an eighth
-    python -m experiments.bench --shape gemma-2-9b --rank_of 4 --checkpointing --compile    CUDA: a rank of 4
-    python -m experiments.bench --shape gemma-2-9b --rank_of 4 --checkpointing --count      no card needed
+    python -m experiments.bench --shape gemma-2-9b --rank_of 4 --checkpointing    CUDA: a rank of 4
+    python -m experiments.bench --shape gemma-2-9b --rank_of 4 --checkpointing --count    no card needed
 
-The step is the real one, with random weights: collate, forward, loss, backward, clip, update. Steps take
-turns (A B C, A B C, …): a figure is the median over the rounds, a ratio the median of the rounds' ratios, so
-that it holds on a busy machine too.
+The step is the real one, with random weights: collate, forward, loss, backward, clip, update; on CUDA its
+layers are compiled. Steps take turns (A B C, A B C, …): a figure is the median over the rounds, a ratio the
+median of the rounds' ratios, so that it holds on a busy machine too.
 
-Memory: on CUDA the allocator's peak within a step; on the CPU the resident set's, above what the process held
-before it made the model. Each step has a process of its own, since an allocator keeps what another one left.
+Memory: the peak within a step, of the allocator on CUDA, else of the resident set, above what the process
+held before it made the model. Each step has a process of its own: an allocator keeps what another one left.
 """
 
 import argparse
 import contextlib
-import importlib.util
 import multiprocessing
 import os
 import tempfile
@@ -23,6 +22,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -34,7 +34,6 @@ import offline
 import scale
 from experiments import count
 from experiments.plan import GEMMA_2, parameters_of
-from sae import JumpReLUSAE
 from train import TABLE_5, refuse
 
 CUDA = torch.cuda.is_available()
@@ -55,12 +54,8 @@ SHAPES = {
 }
 
 
-# ---------------------------------------------------------------------------- flags
 def parse_args(argv=None):
-    """Flags, completed by the shape; with its `config`, and `rows` as data.collate takes it.
-
-    Raises: UserError for a wrong one.
-    """
+    """Flags, completed by the shape; with its `config`, and `rows` as data.collate takes it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.error = refuse
     add, on = parser.add_argument, {"action": "store_true"}
@@ -69,14 +64,13 @@ def parse_args(argv=None):
     add("--response", type=int, help="tokens of a response, instead of the shape's")
     add("--methods", nargs="+", choices=fpo.METHODS[1:], default=["simpo", "dpo", "fpo", "tdpo1", "tdpo2"])
     add("--rounds", type=int, default=5, help="of all steps in turn (5)")
-    add("--compile", **on, help="compile each layer")
     add("--checkpointing", **on, help="activation checkpointing")
     add("--rank_of", type=int, default=1, help="one rank of N: its share of the optimizer's states (1)")
     add("--json", help="write all figures to this file")
     add("--count", **on, help="FLOPs and bytes of a step, and the time that a card's limits allow")
     add("--reference_pass", **on, help="Phase 1, against a bare forward")
     add("--updates", **on, help="updates that bf16 weights lose at lr 5e-7")
-    add("--peer", choices=("trl",), help="DPO here and in TRL's DPOTrainer")
+    add("--peer", choices=("trl",), help="DPO here and in TRL's DPOTrainer (pip install trl==1.16.0)")
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
         if type(value) is int and value < 1:
@@ -120,8 +114,7 @@ def make_policies(args, methods):
     if "fpo" in methods:  # a random SAE at the last layer; 1 feature in 300 is active, as in Gemma Scope
         d, m = lm.config.hidden_size, args.sae_width
         W_enc, zeros = torch.randn(d, m, device=lm.device) / d**0.5, torch.zeros(m, device=lm.device)
-        sae = JumpReLUSAE(W_enc, zeros, W_enc.T, zeros.new_zeros(d), zeros)
-        sae.W_dec = sae.W_dec.new_empty(0)  # training never decodes
+        sae = SimpleNamespace(d=d, m=m, W_enc=W_enc, b_enc=zeros, threshold=zeros.clone())
         policies["fpo"] = fpo.Policy(lm, [sae], [(lm.config.num_hidden_layers - 1, "res")])
         with torch.no_grad():
             z = policies["fpo"].read_sites(all_pairs(args).to(lm.device))[0][:32].float() @ W_enc
@@ -130,7 +123,7 @@ def make_policies(args, methods):
         policies |= dict.fromkeys(held, fpo.Policy(lm))
         policies[held[0]].hold_reference(fpo.Policy(make_lm(args)))
         layers += policies[held[0]].reference[0].lm.model.layers
-    for layer in layers if args.compile else ():  # after the hooks
+    for layer in layers if CUDA else ():  # after the hooks
         layer.compile()
     return policies
 
@@ -149,7 +142,8 @@ def make_steps(args, policies):
         lm.activation_checkpointing_enable({"use_reentrant": False})
     lm.train()
 
-    def step(method):
+    def take_step(method):
+        """One step of a method, on the shared model and optimizer."""
         batch = data.collate(pairs, range(args.pairs), **args.rows).to(lm.device)
         statistics, held = policies[method](batch)
         settings = {name: value for name, value in TABLE_5[method].items() if value is not None}
@@ -160,7 +154,7 @@ def make_steps(args, policies):
         optimizer.step()
         lm.zero_grad()
 
-    return {method: partial(step, method) for method in policies}
+    return {method: partial(take_step, method) for method in policies}
 
 
 def trl_step(args):
@@ -171,8 +165,10 @@ def trl_step(args):
     from trl import DPOConfig, DPOTrainer
 
     class OfTokens(DPOTrainer):
+        """Takes tokens as ours: made from text they could be others."""
+
         def _prepare_dataset(self, dataset, *_, **__):
-            return dataset  # tokens as ours: made from text they could be others
+            return dataset
 
     names, pairs = ("prompt_ids", "chosen_ids", "rejected_ids"), make_pairs(args, args.pairs)
     rows = [dict(zip(names, (x.tolist() for x in pairs[i]), strict=True)) for i in range(len(pairs))]
@@ -188,13 +184,14 @@ def trl_step(args):
     loader, optimizer = trainer.get_train_dataloader(), trainer.create_optimizer()
     trainer.current_gradient_accumulation_steps = 1  # train() would set it
 
-    def step():
-        trainer.training_step(trainer.model, next(iter(loader)))  # forward and backward
+    def take_step():
+        """Forward, backward, clip, update."""
+        trainer.training_step(trainer.model, next(iter(loader)))
         torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0)
         optimizer.step()
         trainer.model.zero_grad()
 
-    return step
+    return take_step
 
 
 # ---------------------------------------------------------------------------- time and memory
@@ -207,16 +204,6 @@ def seconds(step):
     return time.perf_counter() - start
 
 
-def in_turn(args, steps):
-    """Seconds of each round of the steps, A B C A B C, after a warm-up, which compiles and allocates.
-
-    steps: {name: step}, or names, whose steps are made.
-    """
-    steps = steps if isinstance(steps, dict) else steps_of(args, steps)
-    rounds = [[seconds(step) for step in steps.values()] for _ in range(args.rounds + 1)]
-    return dict(zip(steps, np.array(rounds[1:]).T, strict=True))
-
-
 def resident(mark="VmRSS"):
     """GB of this process now (CUDA: allocated), or for VmHWM the most since the mark was set back."""
     if CUDA:
@@ -224,22 +211,28 @@ def resident(mark="VmRSS"):
     return int(Path("/proc/self/status").read_text().split(f"{mark}:")[1].split()[0]) * 1024 / 1e9
 
 
-def steps_of(args, names):
-    """{name: step without arguments} of methods, of "trl", and of this machine's own matrix "product"."""
-    ours, square = [name for name in names if name in fpo.METHODS], torch.randn(PRODUCT, PRODUCT)
+def in_turn(steps, rounds):
+    """{name: (rounds,) seconds} of steps, A B C A B C; GB at the peak. After a warm-up, which allocates."""
+    for step in steps.values():
+        step()
+    torch.cuda.reset_peak_memory_stats() if CUDA else Path("/proc/self/clear_refs").write_text("5")
+    table = [[seconds(step) for step in steps.values()] for _ in range(rounds)]
+    return dict(zip(steps, np.array(table).T, strict=True)), resident("VmHWM")
+
+
+def measure(args, names, rounds):
+    """`in_turn` of methods, "trl", and "product"; FLOPs of the first (CPU).
+
+    GB are those above what this process held before it made them.
+    """
+    before, ours = resident(), [name for name in names if name in fpo.METHODS]
     steps = make_steps(args, make_policies(args, ours)) if ours else {}
     steps |= {"trl": trl_step(args)} if "trl" in names else {}
-    return steps | ({"product": partial(torch.mm, square, square)} if "product" in names else {})
-
-
-def peak_of(args, name):
-    """GB at the peak of one step, above what the process held before it was made; FLOPs of its products."""
-    before, step = resident(), steps_of(args, [name])[name]
-    with count.flop_counter() if not CUDA else contextlib.nullcontext() as flops:
-        step()  # the first one makes the optimizer's states
-    torch.cuda.reset_peak_memory_stats() if CUDA else Path("/proc/self/clear_refs").write_text("5")
-    step()
-    return resident("VmHWM") - before, flops and flops.get_total_flops()
+    steps |= {"product": partial(torch.mm, *torch.randn(2, PRODUCT, PRODUCT))} if "product" in names else {}
+    times, peak = in_turn(steps, rounds)
+    with contextlib.nullcontext() if CUDA else count.Counter() as counter:
+        steps[names[0]]()
+    return times, peak - before, counter and counter.flops
 
 
 def print_rows(title, rows):
@@ -261,20 +254,21 @@ def methods_table(args):
     if args.peer:  # big tensors stay in malloc's heap: else page faults decide, and most of them are TRL's
         os.environ |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as new_process:
-        peaks = {name: new_process.submit(peak_of, args, name).result() for name in names}
-        times = new_process.submit(in_turn, args, names if CUDA else [*names, "product"]).result()
-    work = 6 * parameters_of(args.config)[0] * all_pairs(args).tokens.numel()
+        alone = {name: new_process.submit(measure, args, [name], 1).result()[1:] for name in names}
+        times = new_process.submit(measure, args, names + ["product"] * (not CUDA), args.rounds).result()[0]
+    work, first = 6 * parameters_of(args.config)[0] * all_pairs(args).tokens.numel(), names[0]
     for name in names:
-        s, (gb, flops) = np.median(times[name]), peaks[name]
-        rows.append({"name": name, "ms": 1e3 * s, "pairs/s": args.pairs / s, "peak GB": gb})
-        rows[-1][f"time/{names[0]}"] = np.median(times[name] / times[names[0]])
-        rows[-1][f"memory/{names[0]}"] = gb / peaks[names[0]][0]
+        s, (peak, flops) = np.median(times[name]), alone[name]
+        row = {"name": name, "ms": 1e3 * s, "pairs/s": args.pairs / s, "peak GB": peak}
+        row[f"time/{first}"] = np.median(times[name] / times[first])
+        row[f"memory/{first}"] = peak / alone[first][0]
         if not CUDA:
             share = flops / (2 * PRODUCT**3) * np.median(times["product"] / times[name])
-            rows[-1] |= {"GFLOP/s": flops / s / 1e9, "of product": share}
+            row |= {"GFLOP/s": flops / s / 1e9, "of product": share}
         for card, limits in count.CARDS.items():
             if CUDA and card in torch.cuda.get_device_name():
-                rows[-1]["MFU"] = work / s / limits["bfloat16"]
+                row["MFU"] = work / s / limits["bfloat16"]
+        rows.append(row)
     print_rows(args.title, rows)
     return rows
 
@@ -283,36 +277,36 @@ def count_table(args):
     """FLOPs and bytes of each method's step by part; its least time and highest MFU on each card."""
     batch, found = all_pairs(args), {}
     for method in args.methods:
-        found[method] = tables = count.tables(args, batch, method)
-        for name, rows in tables.items():
+        found[method] = count.tables(args, batch, method)
+        for name, rows in found[method].items():
             print_rows(f"{args.title}, one rank of {args.rank_of}; {method}, {name}", rows)
     return found
 
 
 def reference_pass(args):
-    """Phase 1 against a bare forward (transformer, all logits of the response states) of the same batches."""
-    policies, n, lookups = make_policies(args, ["fpo"]), 4 * args.pairs, []
-    step, pairs, policy = make_steps(args, policies)["fpo"], make_pairs(args, n), policies["fpo"]
+    """Phase 1 against a bare forward (log π alone, without the SAE) of the same batches."""
+    policies, n, lookups = make_policies(args, ["simpo", "fpo"]), 4 * args.pairs, []
+    steps, pairs = make_steps(args, policies), make_pairs(args, n)
     groups = data.micro_batches(range(n), pairs.row_lengths(args.rows["layout"]), 1, max_pairs=16)
-    lm, softcap = policy.lm, args.config.final_logit_softcapping
 
     @torch.no_grad()
-    def bare():
+    def bare_forward():
+        """Log-probabilities of all pairs."""
         for group in groups:
-            batch = data.collate(pairs, group, **args.rows).to(lm.device)
-            states, _ = policy._read(lm, (), batch)  # without the SAE
-            z = softcap * ((states @ lm.get_output_embeddings().weight.T).float() / softcap).tanh()
-            z.log_softmax(-1).gather(1, batch.target[:, None])
+            batch = data.collate(pairs, group, **args.rows)
+            policies["simpo"](batch.to(policies["simpo"].lm.device))
 
-    def phase_1():
+    def build_and_read():
+        """Phase 1 of all pairs; how long the cache then takes for a step's goes into `lookups`."""
         with tempfile.TemporaryDirectory() as folder:
-            identity = offline.reference_identity(policy, pairs, weights="", arithmetic={})
-            cache = offline.build_reference(policy, pairs, folder, identity, **args.rows)
+            identity = offline.reference_identity(policies["fpo"], pairs, weights="", arithmetic={})
+            cache = offline.build_reference(policies["fpo"], pairs, folder, identity, **args.rows)
             lookups.append(seconds(partial(cache.lookup, torch.arange(args.pairs))))
 
-    times = in_turn(args, {"bare": bare, "phase 1": phase_1, "step": step})
+    parts = {"step": steps["fpo"], "bare": bare_forward, "phase 1": build_and_read}
+    times, _ = in_turn(parts, args.rounds)
     row = {"pairs": n, "bare pairs/s": n / np.median(times["bare"])}
-    row |= {"speed/bare": np.median(times["bare"] / times["phase 1"])}
+    row["speed/bare"] = np.median(times["bare"] / times["phase 1"])
     row["lookup/step"] = np.median(lookups) / np.median(times["step"])
     print_rows(f"{args.title}; the reference pass", [row])
     return row
@@ -327,28 +321,25 @@ def updates():
         weights = master, plain, exact = [w.clone().requires_grad_() for w in (start.float(), start, start)]
         optimizers = [kind([master], lr, foreach=False), kind([plain], lr, foreach=False)]
         optimizers.append(scale.make_optimizer(rule, [exact], lr, shard=False))
-        moved, lost = 0, {"plain": 0, "exact": 0}
+        moved = lost = exact_lost = 0
         for _ in range(200):
             gradient, before = (drift + torch.randn(size)).bfloat16(), [w.detach().clone() for w in weights]
             for weight, optimizer in zip(weights, optimizers, strict=True):
                 weight.grad = gradient.to(weight.dtype)
                 optimizer.step()
-            joined = scale.join(exact.detach(), optimizers[2].state[exact]["rest"])
             moves = master != before[0]
             moved += int(moves.sum())
-            lost["plain"] += int((moves & (plain == before[1])).sum())
-            lost["exact"] += int((moves & (joined != master)).sum())
-        rows += [{"rule": rule, "bf16": name, "lost": n / moved} for name, n in lost.items()]
-    print_rows(f"updates lost at lr {lr}, 200 steps, against float32 weights", rows)
+            lost += int((moves & (plain == before[1])).sum())
+            joined = scale.join(exact.detach(), optimizers[2].state[exact]["rest"])
+            exact_lost += int((moves & (joined != master)).sum())
+        rows.append({"rule": rule, "plain bf16": lost / moved, "exact": exact_lost / moved})
+    print_rows(f"share of updates lost at lr {lr}, 200 steps, against float32 weights", rows)
     return rows
 
 
-# ---------------------------------------------------------------------------- main
 def main(argv=None):
     """Run what the flags ask for."""
     args = parse_args(argv)
-    if args.peer and importlib.util.find_spec("trl") is None:
-        refuse("--peer trl: TRL is not installed: pip install trl==1.16.0")
     section = reference_pass if args.reference_pass else count_table if args.count else methods_table
     figures = updates() if args.updates else {args.shape: section(args)}
     if args.json:

@@ -16,9 +16,11 @@ import train
 from eval_diversity import sample_responses
 from train import refuse
 
-# Each benchmark's temperature; MT-Bench's differs in some categories.
+# Each benchmark's temperature, MT-Bench's differs in some categories; and where a record has its questions.
 TEMPERATURES = {"alpaca_eval": 0.7, "arena_hard": 0.0, "mt_bench": 0.7}
 MT_BENCH = {"extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0, "stem": 0.1, "humanities": 0.1}
+FIELDS = {"alpaca_eval": ["instruction"], "arena_hard": ["prompt", "uid"]}
+FIELDS["mt_bench"] = ["turns", "question_id"]
 
 
 def read_questions(kind, path) -> list[tuple[dict, list[str]]]:
@@ -29,11 +31,8 @@ def read_questions(kind, path) -> list[tuple[dict, list[str]]]:
         lines = [line for line in text.split("\n") if line.strip()]
         for record in json.loads(text if path.endswith(".json") else f"[{','.join(lines)}]"):
             where = f"{path}, record {len(questions) + 1}"
-            if kind == "alpaca_eval" or "uid" in record:
-                turns = [record["instruction" if kind == "alpaca_eval" else "prompt"]]
-            else:  # MT-Bench, and Arena-Hard's files of 2024, in which a turn is {"content": …}
-                turns = record["turns"] if record["question_id"] and record["category"] else []
-                turns = [turn["content"] if kind == "arena_hard" else turn for turn in turns]
+            asked, *_ = (record[field] for field in FIELDS[kind])
+            turns = asked if kind == "mt_bench" else [asked]
             if not turns or not all(isinstance(turn, str) for turn in turns):
                 refuse(f"turns {turns!r:.80}")
             questions.append((record, turns))
@@ -48,14 +47,13 @@ def answer_record(kind, question, turns, answers, model) -> dict:
         answer = {"instruction": turns[0], "output": answers[0], "generator": model}
         return answer | {"dataset": question.get("dataset", "")}
     number = uuid.uuid5(uuid.NAMESPACE_OID, json.dumps([model, turns, answers])).hex  # same answer, same id
-    if "uid" in question:  # Arena-Hard's style control: its add_markdown_info.py adds the counts
+    if kind == "arena_hard":  # its add_markdown_info.py adds the counts that style control needs
         said = {"role": "assistant", "content": {"answer": answers[0]}}
         answer = {"uid": question["uid"], "ans_id": number, "model": model}
         answer["messages"] = [{"role": "user", "content": turns[0]}, said]
     else:
-        said = answers if kind == "mt_bench" else [{"content": text} for text in answers]
         answer = {"question_id": question["question_id"], "answer_id": number, "model_id": model}
-        answer["choices"] = [{"index": 0, "turns": said}]
+        answer["choices"] = [{"index": 0, "turns": answers}]
     return answer | {"tstamp": time.time()}
 
 
@@ -88,18 +86,13 @@ def main(argv=None):
     add("--kind", required=True, choices=TEMPERATURES, help="format of questions and answers")
     add("--model", required=True, help="Hugging Face directory or hub name")
     add("--questions", required=True, help="the benchmark's: a JSON list (.json) or JSON lines")
-    add("--out", required=True, help="file of answers; its name is the model's name there")
+    add("--out", required=True, help="file of answers, .json or .jsonl; its name is the model's name there")
     add("--temperature", type=float, help="Fig. 3 has several; none: the benchmark's own")
     add("--max_new_tokens", type=int, default=1024, help="longest answer (1024)")
     add("--seed", type=int, default=0, help="of sampling (0)")
     args = parser.parse_args(argv)
-    if args.max_new_tokens < 1 or min(args.seed, args.temperature or 0) < 0:
-        refuse("--max_new_tokens: must be at least 1; --seed, --temperature: at least 0")
     kind, out = args.kind, Path(args.out)
-    if out.suffix != (".json" if kind == "alpaca_eval" else ".jsonl"):
-        refuse(f"--out {out}: AlpacaEval reads a .json file, the others .jsonl")
     data.check_output("out", out, folder=False)
-
     device, tokenizer = data.start_processes(), data.load_tokenizer(args.model)
     questions = read_questions(kind, args.questions)
     lm = train.load_lm(args.model, device, dtype=train.torch_dtype(train.Config(), device))

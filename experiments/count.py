@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.flop_counter import flop_registry
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 import scale
@@ -38,29 +38,31 @@ UPDATE = {"adam": (162, 162, 26), "rmsprop": (142, 142, 18)}
 FREE = ("index", "gather", "scatter_add", "embedding", "empty", "_unsafe_view")
 
 
-def flop_counter():
-    """torch's, with the product that it leaves out, x.addmm_(a, b), by shapes."""
-    missing = {torch.ops.aten.addmm_: lambda _, a, b, **__: 2 * a[0] * a[1] * b[1]}
-    return FlopCounterMode(display=False, custom_mapping=missing)
+# Products: torch's formulas, and that of the one that it leaves out, x.addmm_(a, b), by shapes.
+FLOPS = flop_registry | {torch.ops.aten.addmm_: lambda x, a, b, **_: 2 * a.shape[0] * a.shape[1] * b.shape[1]}
 
 
 class Counter(TorchDispatchMode):
-    """Counts the bytes that all but products move, `eager` and `compiled`: see this file's head.
+    """Counts FLOPs, and the bytes that all but products move, `eager` and `compiled`: see this file's head.
 
     widening: casts to float32 count; on CUDA scale.py's products sum in float32 without them.
     """
 
     def __init__(self, widening=True):
         super().__init__()
-        self.widening, self.eager, self.compiled = widening, 0, 0
+        self.widening, self.flops, self.eager, self.compiled = widening, 0, 0, 0
         self.run = 0  # the number of a run of operations between two products
         self.made: dict = {}  # storage: the run that made it; None: a product, or it is written already
         self.read: set = set()  # storages that this run has read
 
+    def so_far(self):
+        """(3,) what was counted: FLOPs, bytes eager, bytes compiled."""
+        return np.array([self.flops, self.eager, self.compiled], dtype=float)
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        product = func.overloadpacket in flop_registry or name == "addmm_" or "attention" in name
+        product = func.overloadpacket in FLOPS or "attention" in name
         free = func.is_view or func.namespace == "prim" or name.startswith(FREE)
         if free or (name == "_to_copy" and not self.widening and size(out) > size(args[0])):
             return out
@@ -68,6 +70,8 @@ class Counter(TorchDispatchMode):
         read, written = ([x for x in tree_leaves(part) if torch.is_tensor(x)] for part in (sources, out))
         if product:
             self.run, self.read = self.run + 1, set()
+            if func.overloadpacket in FLOPS:
+                self.flops += FLOPS[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
         else:
             self.eager += sum(map(size, read + written))
         for tensor in read:
@@ -89,11 +93,6 @@ def size(tensor) -> int:
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
 
 
-def so_far(flops, counter):
-    """(4,) what was counted: FLOPs, and bytes eager, compiled and fused."""
-    return np.array([flops.get_total_flops(), counter.eager, counter.compiled, counter.compiled], dtype=float)
-
-
 # ---------------------------------------------------------------------------- the parts of a step
 def one_kernel(module, query, key, value, mask, **_):
     """Attention as one operation, as flex_attention is; its FLOPs go by the mask, below."""
@@ -113,11 +112,16 @@ def body_cost(config, tokens):
             lm = AutoModelForCausalLM.from_config(type(config)(**shallow), **options)
             place = torch.zeros(tokens.shape, dtype=torch.int64)
             masks = dict.fromkeys(("full_attention", "sliding_attention"))
-            with flop_counter() as flops, Counter() as counter:
-                out = lm.model(place, attention_mask=masks, position_ids=place, use_cache=False)
-                forward = so_far(flops, counter)
+            with Counter() as counter:
+                embedded = lm.get_input_embeddings()(
+                    place
+                ).float()  # as fpo.Policy: a float32 residual stream
+                with torch.autocast("cpu", torch.bfloat16):
+                    rows = {"inputs_embeds": embedded, "attention_mask": masks, "position_ids": place}
+                    out = lm.model(**rows, use_cache=False)
+                forward = counter.so_far()
                 out.last_hidden_state.backward(torch.empty_like(out.last_hidden_state))
-                costs.append(np.stack([forward, so_far(flops, counter) - forward]))
+                costs.append(np.stack([forward, counter.so_far() - forward]))
     layer = costs[1] - costs[0]
     return *(costs[0] + (config.num_hidden_layers - 1) * layer), config.num_hidden_layers * layer[0]
 
@@ -134,61 +138,54 @@ def attention_flops(config, batch) -> float:
 def head_cost(config, N, held):
     """Head and log-probabilities of N tokens, both directions; `held`: a reference's too, for the KL."""
     shapes, options = (N, config.vocab_size), {"dtype": torch.bfloat16, "requires_grad": True}
-    with FakeTensorMode(), flop_counter() as flops, Counter(widening=False) as counter:
+    with FakeTensorMode(), Counter(widening=False) as counter:
         states, weight = (torch.empty(n, config.hidden_size, **options) for n in shapes)
         inputs = states, weight, torch.empty(N, dtype=torch.int64), config.final_logit_softcapping
         inputs += (states, weight) if held else (None, None)
         logps, kl, *_ = scale._TokenStatistics.apply(*inputs, scale.VOCABULARY_SLICE["cuda"], False, False)
         (logps + kl if held else logps).sum().backward()
-    return so_far(flops, counter)
+    return counter.so_far()
 
 
 @torch.no_grad()
 def sae_cost(config, N, m, responses):
     """The pooled features of N tokens; the backward's products have the sizes of the forward's."""
     d = config.hidden_size
-    with FakeTensorMode(), flop_counter() as flops, Counter() as counter:
+    with FakeTensorMode(), Counter() as counter:
         sae = SimpleNamespace(W_enc=torch.empty(d, m), b_enc=torch.empty(m), threshold=torch.empty(m))
         states, owner = torch.empty(N, d, dtype=torch.bfloat16), torch.zeros(N, dtype=torch.int64)
         scale.pooled_features(states, sae, owner, torch.ones(responses))
-    return 2 * so_far(flops, counter)
+    return 2 * counter.so_far()
 
 
 # ---------------------------------------------------------------------------- the whole step
-def step_cost(config, batch, *, method, rule, ranks, checkpointing, sae_width):
-    """{part: (4,) FLOPs, and bytes eager, compiled, fused} of a rank's step of one micro-batch."""
-    held, N, P = method in NEEDED, len(batch.target), parameters_of(config)[0]
-    forward, backward, layers = body_cost(config, batch.tokens)
-    not_compiled = [0, 1, 1, 1]
-    return {
-        "body": forward + backward,
-        "recompute": checkpointing * layers,
-        "reference": held * forward,
-        # Of attention's two products the backward makes one again, and two gradients of each.
-        "attention": attention_flops(config, batch) * np.array([3.5 + checkpointing + held, 0, 0, 0]),
-        "head": head_cost(config, N, held)[[0, 1, 1, 2]],
-        "SAE": (method == "fpo") * sae_cost(config, N, sae_width, len(batch.lengths))[not_compiled],
-        "clip": P * np.array([0, *CLIP]),
-        "update": P / ranks * np.array([0, *UPDATE[rule]]),
-    }
-
-
 def tables(args, batch, method) -> dict:
-    """A method's step as two tables, lists of rows: the parts' FLOPs and bytes, and what each card allows.
+    """A rank's step of one micro-batch as two tables, lists of rows: the parts, and what each card allows.
 
     args: of bench.py. N parameters and T tokens make 6NT FLOPs, 8NT with checkpointing.
     """
-    options = {"rule": args.rule, "ranks": args.rank_of, "sae_width": args.sae_width}
-    costs = step_cost(args.config, batch, method=method, checkpointing=args.checkpointing, **options)
-    NT, total = parameters_of(args.config)[0] * batch.tokens.numel(), sum(costs.values())
+    config, held, again = args.config, method in NEEDED, args.checkpointing
+    N, P = len(batch.target), parameters_of(config)[0]
+    forward, backward, layers = (cost[[0, 1, 2, 2]] for cost in body_cost(config, batch.tokens))
+    costs = {  # (4,) each: FLOPs, and bytes eager, compiled, fused
+        "body": forward + backward,
+        "recompute": again * layers,
+        "reference": held * forward,
+        # Of attention's two products the backward makes one again, and two gradients of each.
+        "attention": attention_flops(config, batch) * np.array([3.5 + again + held, 0, 0, 0]),
+        "head": head_cost(config, N, held)[[0, 1, 1, 2]],
+        "SAE": (method == "fpo") * sae_cost(config, N, args.sae_width, len(batch.lengths))[[0, 1, 1, 1]],
+        "clip": P * np.array([0, *CLIP]),
+        "update": P / args.rank_of * np.array([0, *UPDATE[args.rule]]),
+    }
+    NT, total = P * batch.tokens.numel(), sum(costs.values())
     parts, bounds = [], []
     for part, (flops, *ways) in (costs | {"sum": total}).items():
-        parts.append({"part": part, "TFLOP": flops / 1e12})
-        parts[-1] |= {f"/ {n}NT": flops / (n * NT) for n in (6, 8)}
-        parts[-1] |= {f"GB {way}": size / 1e9 for way, size in zip(WAYS, ways, strict=True)}
+        row = {"part": part, "TFLOP": flops / 1e12, "/ 6NT": flops / (6 * NT), "/ 8NT": flops / (8 * NT)}
+        parts.append(row | {f"GB {way}": size / 1e9 for way, size in zip(WAYS, ways, strict=True)})
     for name, card in CARDS.items():
-        dtypes = dict.fromkeys(costs, "bfloat16") | {"SAE": "float32"}  # of the products
-        products = sum(cost[0] / card[dtypes[part]] for part, cost in costs.items())
+        speeds = {part: card["float32" if part == "SAE" else "bfloat16"] for part in costs}
+        products = sum(cost[0] / speeds[part] for part, cost in costs.items())
         for way, moved in zip(WAYS, total[1:], strict=True):
             s = products + moved / card["memory"]
             mfu = 6 * NT / s / card["bfloat16"]

@@ -2,8 +2,8 @@
 
     python -m experiments.plan          a table: Gemma-2-2B and 9B, 4 ranks, 8 rows on each
 
-Bytes are counted, not measured: what a step holds on CUDA, uncompiled (compiled layers keep less). The peak
-is what always lies there, and the largest of four moments:
+Bytes are counted, not measured: what a step holds on CUDA, uncompiled. The peak is what always lies there,
+and the largest of four moments:
 
     head          what all layers keep for the backward, the head's float32 blocks, the head's gradient
     last layer    what all layers keep, one layer made again with its widest operation, the head's gradient
@@ -31,15 +31,14 @@ WAYS[" --no_activation_checkpointing"] = {"checkpointing": False}
 
 def plan(
     config, *, method, rule, tokens, ranks=4, shard="states", checkpointing=True, response_share=0.75,
-    row_tokens=1024, sae_width=16384, micro_batches=1,
+    row_tokens=1024, sae_width=16384,
 ):  # fmt: skip
     """GB that a rank needs at its peak, computing in bf16; no weight is made.
 
     Args:
         config: Gemma-2's; eager attention keeps its scores, flex_attention none.
-        method, rule, shard: train.py's --method, --optimizer, --shard.
-        tokens: of a micro-batch, as they lie in rows of row_tokens; response_share of them predict responses.
-        micro_batches: of a step; with several, FSDP2 has the first one's gradients during the next.
+        method, rule, shard: train.py's --method, --optimizer, and --shard states or fsdp.
+        tokens: of the step's only micro-batch, in rows of row_tokens; response_share predict responses.
     Returns: dict of what always lies there, "gradients, activations" at the worst moment, and "total".
     """
     P, layer = parameters_of(config)
@@ -48,7 +47,7 @@ def plan(
     # Bytes of a weight between steps, and of its gradient; the parts that both are divided into.
     stored, parts = (4, ranks) if fsdp else (2, 1)
     states = {"adam": 8, "rmsprop": 4}[rule] + (0 if fsdp else 2)  # 2: the rest of a bf16 weight's master
-    resident = {"weights": P * stored / parts, "optimizer": P * states / (1 if shard == "none" else ranks)}
+    resident = {"weights": P * stored / parts, "optimizer": P * states / ranks}
     if held:  # FSDP2 divides the reference's layers, not its embedding
         resident["reference"] = 2 * E + 2 * (P - E) / parts
     if method == "fpo":  # encoder, which features are active (a byte each), the states that it read
@@ -56,8 +55,7 @@ def plan(
     if fsdp:  # the embedding stays whole; of layers one, its gradient, and the next
         resident["in flight"] = 2 * E + 3 * 2 * layer
     # DDP's buckets hold all gradients, always; FSDP2's come layer by layer, the embedding's last.
-    late = fsdp and micro_batches == 1
-    before, after = (0 if late else P * stored / parts), (P - E if late else P) * stored / parts
+    before, after = (0 if fsdp else P * stored), (P - E if fsdp else P) * stored / parts
     kept, widest = (tokens * size for size in layer_bytes(config, row_tokens))
     inputs = depth * (tokens * d * 4 if checkpointing else kept)  # of the residual stream: float32
     again = kept + widest if checkpointing else widest

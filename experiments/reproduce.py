@@ -3,10 +3,11 @@
     python -m experiments.reproduce comparison    Table 2 right, Fig. 2 left, Fig. 3, Fig. 4 right; FPO by α
     python -m experiments.reproduce ablation      Tables 3, 6, 7; FPO without its parts; SAE afterwards; time
     python -m experiments.reproduce frontier      accuracy at equal KL and at equal D_FPO, over β and α
-    python -m experiments.reproduce comparison --preset own --model SFT -- --dataset F --eval_dataset G ...
+    python -m experiments.reproduce control       Table 4 on the toy
+    python -m experiments.reproduce comparison --preset own --model SFT --dataset F --eval_dataset G ...
 
-Flags after `--` are train.py's, for every run. No score is computed here: train.py, eval_diversity.py and
-experiments.ablations run as processes, on all cards that there are, and the keys of what they write are the
+All other flags are train.py's, for every run. No score is computed here: train.py, eval_diversity.py and
+experiments.control run as processes, on all cards that there are, and the keys of what they write are the
 tables' columns (accuracies in %, entropies and KL in nats). A run that is done is not repeated. ± is the
 sample's deviation (n − 1) over seeds: over orders of the data and draws of samples.
 """
@@ -35,9 +36,8 @@ import toy
 import train
 from eval_diversity import SHARED
 
-# Of each method the name, a colour legible on white and on black, and the paper's numbers of Gemma-2-2B on
-# UltraFeedback, by the tables' columns: Tables 2 and 6; of the review the largest and smallest difference of
-# token log-probabilities, and seconds of a run.
+# Of each method the name, a colour legible on white and on black, and the paper's numbers of Gemma-2-2B, by
+# the tables' columns (Tables 2 and 6; the review's largest and smallest log-ratio of a token, seconds).
 PAPER_COLUMNS = ("paper_accuracy", "paper_entropy", "paper_ends", "paper_seconds")
 LABELS = {
     "sft": ("SFT", "#8c8c8c", ()),
@@ -63,7 +63,7 @@ TABLE_3_ALPHAS = {  # α: without and with stop-gradient
     2.0: ((61.9, 1.643), (62.1, 1.679)),
 }
 TABLE_7 = {(25,): (64.1, 1.68), (0, 25): (62.1, 1.70), (12, 25): (61.9, 1.64), (24, 25): (58.2, 1.66)}
-TABLE_7 |= {(0, 12, 25): (51.4, 1.66)}
+TABLE_7[0, 12, 25] = (51.4, 1.66)
 # The toy's 4 layers stand for those of Gemma's 26 that Tables 3 and 7 name.
 TOY_LAYER = {0: 0, 7: 0, 12: 1, 13: 1, 19: 2, 24: 2, 25: 3}
 # Gemma Scope's L0 nearest to the authors' 55, by site and layer.
@@ -83,8 +83,12 @@ FRONTIER = {  # every β, every α for each (FPO's times the preset's); γ is th
     "fpo": ((0.1, 1.0, 3.0, 10.0), (0.2, 1.0, 4.0)),
 }
 
+STYLE = dict.fromkeys(("axes.titlecolor", "axes.labelcolor", "axes.edgecolor", "legend.labelcolor"), GREY)
+STYLE |= {"xtick.color": GREY, "ytick.color": GREY, "axes.titlesize": 11, "axes.labelsize": 11}
+STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
 
-# ---------------------------------------------------------------------------- one run
+
+# ---------------------------------------------------------------------------- runs
 def name_of(method: str, flags: str) -> str:
     """A name for the runs of a line: the same settings, the same name, in whichever table."""
     return "_".join(re.findall(r"[\w.-]+", f"{method} {flags.replace('--', '')}"))
@@ -102,23 +106,25 @@ def scoring_flags(train_flags: list[str]) -> str:
 
 
 def make_run(args, method: str, flags: str, seed: int) -> dict:
-    """The commands of a training and its evaluation.
+    """The commands of a training and its evaluation; `sft` is the start itself, which is only evaluated.
 
-    method: one of train.py's, or a variant of FPO that experiments.ablations trains; `sft` is the start
-    itself, which is only evaluated.
+    method: one of train.py's, or a variant of FPO that experiments.control trains.
     """
     name, preset, own = name_of(method, flags), f"--preset {args.preset}", shlex.join(args.train_flags)
-    start, out = f"--model {args.start}", f"{args.out}/{name}_seed{seed}"
-    task = f"train.py --method {method}" if method in train.TABLE_5 else f"-m experiments.ablations {method}"
-    models = f"{start if method == 'sft' else f'--model {out}/model'} --reference {args.start}"
-    training = f"{args.python} {task} {preset} {start} --seed {seed} --out {out}"
+    out, task = f"{args.out}/{name}_seed{seed}", f"train.py --method {method}"
+    if method not in train.TABLE_5:
+        task = f"-m experiments.control --task {method}"
+    models = f"--model {args.start if method == 'sft' else f'{out}/model'} --reference {args.start}"
+    training = f"{args.python} {task} {preset} --model {args.start} --seed {seed} --out {out}"
     training += f" --eval_every {args.eval_every} {own} {flags}"
     scoring = f"{args.python} eval_diversity.py {preset} {models} {scoring_flags(args.train_flags)}"
     scoring += f" --seed {seed} --samples {args.samples} --features_top 50 --json {out}/scored.json"
-    measuring = f"python -m experiments.ablations measure {preset} {own} {models} --json {out}/measured.json"
-    commands = [] if method == "sft" else [training]
+    measure = "styles" if args.task == "control" else "measure"
+    measuring = f"python -m experiments.control --task {measure} {preset} {own} {models}"
+    measuring += f" --seed {seed}" * (args.task == "control") + f" --json {out}/measured.json"
+    commands = [training] if method != "sft" else []
     if args.task != "frontier":  # training's own evaluations are enough there
-        commands += [scoring] if flags else [scoring, measuring]
+        commands += [scoring] if flags and args.task != "control" else [scoring, measuring]
     commands = [" ".join(text.split()) for text in commands]
     return {"name": name, "method": method, "seed": seed, "folder": out, "commands": commands}
 
@@ -128,9 +134,11 @@ def read_json(path) -> dict:
     return json.loads(Path(path).read_text()) if Path(path).exists() else {}
 
 
-def do_run(run: dict):
-    """The run's commands in turn, output into log.txt; run.json comes last. UserError where one fails."""
+def do_run(run: dict) -> str:
+    """The run's commands in turn, unless run.json, which comes last, tells of the same. Its folder."""
     folder, began = Path(run["folder"]), time.perf_counter()
+    if run.items() <= read_json(folder / "run.json").items():
+        return run["folder"]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "run.json").unlink(missing_ok=True)
     with open(folder / "log.txt", "w") as log:
@@ -140,33 +148,28 @@ def do_run(run: dict):
                 raise data.UserError(f"{text}: ended with status {status}, see {folder / 'log.txt'}")
     made = {"commit": data.git_commit(), "hardware": data.hardware()}
     data.write_json(folder / "run.json", run | made | {"seconds": round(time.perf_counter() - began, 1)})
+    return run["folder"]
 
 
 def do_lines(args, lines) -> list[dict]:
-    """Do the runs of some tables' lines, `--at_once` side by side, and return their rows of results.json.
-
-    A run is done if its run.json tells of the same commands, and of the same weights at the start.
-    """
+    """Do the runs of some tables' lines, `at_once` side by side, and return their rows of results.json."""
     weights = sorted(Path(args.start).glob("*.safetensors"))
     start = [hashlib.sha256(path.read_bytes()).hexdigest() for path in weights]
     runs = {}  # by folder: tables share runs
     for (_, method, flags, _), seed in itertools.product(lines, args.seeds):
         run = make_run(args, method, flags, seed) | {"start": start}
         runs[run["folder"]] = run
-    todo = [run for run in runs.values() if not run.items() <= read_json(f"{run['folder']}/run.json").items()]
-    args.done += len(todo)
-    print(f"{len(runs)} runs, {len(runs) - len(todo)} of them done before", flush=True)
     with ThreadPoolExecutor(args.at_once) as pool:
-        for run, _ in zip(todo, pool.map(do_run, todo), strict=True):  # a failure cancels what has not begun
-            print(run["folder"], flush=True)
+        for number, folder in enumerate(pool.map(do_run, runs.values()), 1):
+            print(f"{number} of {len(runs)} runs: {folder}", flush=True)
     return [collect(folder) for folder in runs]
 
 
 # ---------------------------------------------------------------------------- numbers
 def collect(folder: str) -> dict:
     """A row of results.json: how a run was made, its scores, and those of held-out pairs over training."""
-    names = ("run", "config", "scored", "measured", "scores")
-    run, config, scores, measured, ends = (read_json(f"{folder}/{name}.json") for name in names)
+    files = ("run", "config", "scored", "measured", "scores")
+    run, config, scores, measured, ends = (read_json(f"{folder}/{name}.json") for name in files)
     measured.pop("feature_change", None)  # long: the figure reads it from the run's folder
     scores, curve = scores | measured, []
     if "train" in scores:  # Table 2's protocol
@@ -174,11 +177,12 @@ def collect(folder: str) -> dict:
     if ends:  # SFT is not trained
         steps = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
         scores["train_seconds"] = sum(config["batch_size"] / step["pairs_per_s"] for step in steps)
-        curve.append({"step": 0, **ends["before"]})
-        for step in steps[:-1]:
-            held_out = {name[5:]: value for name, value in step.items() if name.startswith("eval_")}
-            curve += [{"step": step["step"], **held_out}] if held_out else []
-        curve.append({"step": steps[-1]["step"], **ends["after"]})
+        held_out = {0: ends["before"]}
+        for step in steps:
+            found = {name[5:]: value for name, value in step.items() if name.startswith("eval_")}
+            held_out |= {step["step"]: found} if found else {}
+        held_out[steps[-1]["step"]] = ends["after"]
+        curve = [{"step": step, **found} for step, found in held_out.items()]
     return run | {"scores": scores, "curve": curve}
 
 
@@ -206,31 +210,27 @@ def table(rows, lines, columns) -> str:
 
 
 # ---------------------------------------------------------------------------- figures
-def draw(panels):
+def draw(panels, legend_columns=7):
     """A row of panels over one legend, transparent, in mid-grey: legible on white and on black.
 
-    panels: (title, label of x, label of y, {method: (x, y of each seed)}). A line is the mean over seeds,
-    shaded by the sample's deviation. Returns the figure, at most 900 pixels wide.
+    panels: (title, label of x, label of y, {method, or any label: (x, y of each seed)}). A line is the mean
+    over seeds, shaded by the sample's deviation. Returns the figure, at most 900 pixels wide.
     """
-    figure = Figure(figsize=(min(9.4, 1 + 4 * len(panels)), 3.4), layout="constrained")
-    figure.patch.set_alpha(0)
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for ax, (title, xlabel, ylabel, lines) in zip(axes, panels, strict=True):
-        for name, (x, seeds) in lines.items():
-            label, colour, _ = LABELS[name]
-            y = np.mean(seeds, 0)
-            ax.plot(x, y, color=colour, label=label)
-            if len(seeds) > 1:
-                d = np.std(seeds, 0, ddof=1)
-                ax.fill_between(x, y - d, y + d, color=colour, alpha=0.2, linewidth=0)
-        for text, write in ((title, ax.set_title), (xlabel, ax.set_xlabel), (ylabel, ax.set_ylabel)):
-            write(text, color=GREY, fontsize=11)
-        ax.patch.set_alpha(0)
-        ax.tick_params(colors=GREY, which="both", labelsize=10)
-        ax.spines[:].set_color(GREY)
-        ax.spines[["top", "right"]].set_visible(False)
-    handles = axes[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=7, frameon=False, labelcolor=GREY)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(min(9.4, 1 + 4 * len(panels)), 3.4), layout="constrained")
+        figure.patch.set_alpha(0)
+        axes = figure.subplots(1, len(panels), squeeze=False)[0]
+        for ax, (title, xlabel, ylabel, lines) in zip(axes, panels, strict=True):
+            ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
+            ax.patch.set_alpha(0)
+            for name, (x, seeds) in lines.items():
+                label, colour, _ = LABELS.get(name, (name, None, ()))
+                y = np.mean(seeds, 0)
+                ax.plot(x, y, color=colour, label=label)
+                if len(seeds) > 1:
+                    d = np.std(seeds, 0, ddof=1)
+                    ax.fill_between(x, y - d, y + d, color=colour, alpha=0.2, linewidth=0)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=legend_columns)
     return figure
 
 
@@ -256,29 +256,33 @@ def draw_features(rows):
     The 50 largest pooled activations by rank, of the first seed; and mean |c̄_θ − c̄_ref| of the 50 features
     that DPO moves most, in DPO's order, mean over seeds.
     """
-    largest, change = {}, {}
+    largest, change, rank = {}, {}, range(1, 51)
     for name in METHODS:
-        mine, rank = [row for row in rows if row["name"] == name], range(1, 51)
+        mine = [row for row in rows if row["name"] == name]
         largest[name] = rank, [mine[0]["scores"]["activations_policy"]]
         seeds = [read_json(f"{row['folder']}/measured.json")["feature_change"] for row in mine]
         change[name] = np.mean(seeds, 0)  # (m,)
     most = np.argsort(-change["dpo"], kind="stable")[:50]
     moved = {name: (rank, [values[most]]) for name, values in change.items()}
     left = ("largest activations", "feature, by its rank", "mean c̄", largest)
-    return draw([left, ("moved by training", "feature, by its rank under DPO", "mean |c̄_θ − c̄_ref|", moved)])
+    right = ("moved by training", "feature, by its rank under DPO", "mean |c̄_θ − c̄_ref|", moved)
+    return draw([left, right])
+
+
+def save(figure, path: Path):
+    """A figure as SVG: the same bytes for the same figure."""
+    with matplotlib.rc_context({"svg.hashsalt": path.stem}):
+        figure.savefig(path, metadata={"Date": None})
 
 
 def publish(args, rows, tables: dict, figures: dict):
     """Write rows into results.json, the tables as TASK.md, the figures as SVG; print the tables."""
     assets, text = Path(args.assets), "\n".join(f"**{title}**\n\n{body}" for title, body in tables.items())
-    assets.mkdir(parents=True, exist_ok=True)
-    how = data.made_by() | {"runs": len(rows), "runs_done_now": args.done}
-    how |= {"seconds": round(time.perf_counter() - args.began), "rows": rows}
-    data.write_json(assets / "results.json", read_json(assets / "results.json") | {args.task: how})
+    results = read_json(assets / "results.json") | {args.task: data.made_by() | {"rows": rows}}
+    data.write_json(assets / "results.json", results)
     data.write_text(assets / f"{args.task}.md", text)
     for name, figure in figures.items():
-        with matplotlib.rc_context({"svg.hashsalt": name}):  # the same bytes for the same figure
-            figure.savefig(assets / f"{name}.svg", metadata={"Date": None})
+        save(figure, assets / f"{name}.svg")
     print(text)
 
 
@@ -361,6 +365,15 @@ def ablation(args):
     publish(args, rows, {title: table(rows, *parts) for title, parts in plan.items()}, {})
 
 
+def control(args):
+    """Table 4 on the toy: D_FPO of a style's features alone, of as many by chance, of all, and of none."""
+    sides = {"all": "fpo", "random": "random", "polite": "polite", "shout": "shout"}
+    lines = [LINES["sft"], ("no constraint", "fpo", "--alpha 0", ())]
+    lines += [(f"{name} features", method, "--alpha 10", ()) for name, method in sides.items()]
+    rows, columns = do_lines(args, lines), ("accuracy", "entropy", *(f"share_{s}" for s in toy.STYLES))
+    publish(args, rows, {"Table 4 on the toy world": table(rows, lines, columns)}, {})
+
+
 # ---------------------------------------------------------------------------- the frontier
 def best_within(rows, names, key: str, level: float) -> float:
     """A method's best held-out accuracy at a distance of at most `level`: that of its best setting.
@@ -424,34 +437,27 @@ def frontier(args):
     publish(args, rows, tables, {"frontier": figure})
 
 
-# ---------------------------------------------------------------------------- the script
 def parse_args(argv=None):
     """Our flags, and train.py's, which are checked. Defaults follow from the preset."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    cut = words.index("--") if "--" in words else len(words)
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     flag = parser.add_argument
-    flag("task", choices=("comparison", "ablation", "frontier"))
+    flag("task", choices=("comparison", "ablation", "frontier", "control"))
     flag("--preset", default="toy", choices=train.PRESETS, help="train.py's (toy)")
     flag("--model", help="the SFT model that all start from (the preset's, made if missing)")
     flag("--seeds", type=int, nargs="+", help="(0 1 2; frontier 0)")
-    flag("--steps", type=int, help="of every training (the preset's)")
     flag("--samples", type=int, default=25, help="responses a prompt for the entropy (25)")
-    flag("--at_once", type=int, help="runs side by side, a thread each (1, without cards 2)")
     flag("--out", help="folder of all runs (runs/PRESET/reproduce)")
     flag("--assets", default="assets", help="folder of results.json, tables and figures (assets)")
-    args = parser.parse_args(words[:cut])
-    is_toy, args.train_flags = args.preset == "toy", words[cut + 1 :]
-    args.train_flags += ["--steps", str(args.steps)] if args.steps else []
+    args, args.train_flags = parser.parse_known_args(argv)
+    is_toy = args.preset == "toy"
     cards = 0 if is_toy else torch.cuda.device_count()
     many = f" -m torch.distributed.run --standalone --nproc_per_node {cards}"
-    args.python, args.at_once = "python" + many * (cards > 1), args.at_once or (1 if cards else 2)
+    args.python, args.at_once = "python" + many * (cards > 1), 1 if cards else 2  # a thread each
     args.seeds = args.seeds or ([0] if args.task == "frontier" else [0, 1, 2])
     args.eval_every = 200 if not is_toy else 10 if args.task == "frontier" else 25
     args.out = args.out or f"runs/{args.preset}/reproduce"
     args.start = args.model or ("runs/toy/model" if is_toy else f"runs/{args.preset}/sft/model")
     args.alpha = train.parse_args(["--preset", args.preset, "--model", args.start, *args.train_flags]).alpha
-    args.began, args.done = time.perf_counter(), 0  # done: runs that this call did
     return args
 
 
@@ -463,7 +469,8 @@ def main(argv=None):
     elif not args.model and not Path(args.start).is_dir():
         sft = f"{args.python} train.py --method sft --preset {args.preset}"
         subprocess.run([sys.executable, *sft.split()[1:]], check=True)
-    {"comparison": comparison, "ablation": ablation, "frontier": frontier}[args.task](args)
+    tasks = {"comparison": comparison, "ablation": ablation, "frontier": frontier, "control": control}
+    tasks[args.task](args)
 
 
 if __name__ == "__main__":

@@ -13,20 +13,17 @@ Theorem B.1: under accurate reconstruction, with M = ‖W_outᵀ W_decᵀ‖₂ 
 The paper's z is h W_out, with W_outᵀ = E (V, d), the output embedding. Gemma-2's is cap · tanh(u Wᵀ / cap),
 with u = h / rms(h) and W = E · (1 + the final norm's weight). What can be proved of each step:
 
-1. KL = log E_ref[exp Δz] − E_ref[Δz] ≤ (max Δz − min Δz)² / 8 (Hoeffding) ≤ ½‖Δz‖²_∞ ≤ ½‖Δz‖². The lemma
-   holds; its ½ is the best constant of the maximum norm (of the Euclidean one it is ¼).
+1. KL = log E_ref[exp Δz] − E_ref[Δz] ≤ (max Δz − min Δz)² / 8 (Hoeffding) ≤ ½‖Δz‖²_∞ ≤ ½‖Δz‖².
 2. The softcap's slope is at most 1: it can be left out.
 3. ‖Δu‖ ≤ ‖Δh‖ / √(rms(h_θ) rms(h_ref)), as ‖a/‖a‖ − b/‖b‖‖² = (‖a − b‖² − (‖a‖ − ‖b‖)²) / (‖a‖‖b‖).
 4. ‖Δh‖ ≤ ‖W_dec‖₂‖Δc‖ + ‖Δe‖. Accurate reconstruction means Δe = 0.
 5. The head is trained too, which the theorem leaves out: ‖Δz‖ ≤ ‖W_ref‖₂‖Δu‖ + √d ‖ΔW‖₂.
 
 M counts none of 2 to 5: where rms(h) is small the inequality fails. And FPO holds down pooled features, but
-k D_FPO ≤ ‖Δc̄‖² ≤ mean ‖Δc‖² (Jensen) is the wrong way round. No KL exceeds 2 cap + log V, the ceiling: a
-bound above it says nothing.
+k D_FPO ≤ ‖Δc̄‖² ≤ mean ‖Δc‖² (Jensen) is the wrong way round. No KL exceeds 2 cap + log V, the ceiling.
 """
 
 import argparse
-import json
 import math
 import shutil
 from pathlib import Path
@@ -39,6 +36,7 @@ import data
 import fpo
 import losses
 import train
+from experiments import reproduce
 from scale import pooled_features
 from toy import sae_figures
 
@@ -126,12 +124,13 @@ def states_of_run(config) -> list[Path]:
     kept = Path(config.out, "along")
     shutil.rmtree(kept, ignore_errors=True)
 
-    def loss_function(*args, **settings):  # train.py calls it at every step
+    def keep_states(*args, **settings):
+        """fpo.method_loss, which train.py calls at every step."""
         for state in train.saved_states(config.out):
             shutil.copytree(state, kept / state.name, dirs_exist_ok=True)
         return fpo.method_loss(*args, **settings)
 
-    train.main(config, loss_function=loss_function)
+    train.main(config, loss_function=keep_states)
     return [*sorted(kept.glob("step_*")), *train.saved_states(config.out)]
 
 
@@ -184,40 +183,31 @@ def markdown(record) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def draw(record, path):
-    """KL and its bounds over training, as SVG: the same bytes for the same numbers."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    style = dict.fromkeys(("axes.labelcolor", "xtick.color", "ytick.color", "legend.labelcolor"), "#7f7f7f")
-    with matplotlib.rc_context(style | {"svg.hashsalt": "theorem"}):
-        figure = Figure(figsize=(6, 4.4), layout="constrained")
-        ax, steps = figure.subplots(), [row["step"] for row in record["rows"]]
-        ax.plot(steps, [row["kl"] for row in record["rows"]], color="#7f7f7f", label=LINES["kl"])
-        for name in BOUNDS:
-            ax.plot(steps, [row[name]["mean"] for row in record["rows"]], label=LINES[name])
-        ax.axhline(record["ceiling"], color="#bbbbbb", label="2 cap + log V")
-        ax.set(yscale="log", xlabel="training step", ylabel="nats, mean")
-        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
-        figure.savefig(path, transparent=True, metadata={"Date": None})
+def draw(record):
+    """KL and its bounds over training: a figure."""
+    rows, ceiling = record["rows"], record["ceiling"]
+    curves = {"kl": [row["kl"] for row in rows]}
+    curves |= {name: [row[name]["mean"] for row in rows] for name in BOUNDS}
+    lines = {LINES[name]: ([row["step"] for row in rows], [values]) for name, values in curves.items()}
+    lines["2 cap + log V"] = [rows[0]["step"], rows[-1]["step"]], [[ceiling, ceiling]]
+    figure = reproduce.draw([("", "training step", "nats, mean", lines)], legend_columns=2)
+    figure.set_size_inches(6, 4.4)
+    figure.axes[0].set_yscale("log")
+    return figure
 
 
 def main(argv=None):
     """Measure, write, print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.error = train.refuse
-    parser.add_argument("--json", default="assets/theorem.json", help="file; table and figure go beside it")
-    path = Path(parser.parse_args(argv).json)
-    data.check_output("json", path, folder=False)
-    config, page = train.parse_args(RUN), path.with_suffix(".md")
-    found = bounds(config, states_of_run(config)) | data.made_by()
+    parser.parse_args(argv)  # it has no flags but --help
+    config, path = train.parse_args(RUN), Path("assets/theorem.json")
+    found, page = bounds(config, states_of_run(config)) | data.made_by(), path.with_suffix(".md")
     text = "`{command}` (commit {commit}, seed {seed}, {pairs} pairs; {hardware})\n\n".format(**found)
     # What both files hold of an earlier version's other measurements stays there.
-    results = json.loads(path.read_text()) if path.exists() else {}
     _, *others = page.read_text().split("\n\n`python ") if page.exists() else [""]
-    data.write_json(path, results | {"bounds": found})
+    data.write_json(path, reproduce.read_json(path) | {"bounds": found})
     data.write_text(page, "\n`python ".join([text + markdown(found), *others]))
-    draw(found, path.with_suffix(".svg"))
+    reproduce.save(draw(found), path.with_suffix(".svg"))
     print(text + markdown(found))
 
 

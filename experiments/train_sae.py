@@ -7,13 +7,11 @@ predicts it. Every tenth pair is held out, and judges the SAE: L0, the fraction 
 and the share of dead features. The file has Gemma Scope's layout, as train.py takes it.
 
 What to look at: FVU well below 1 (0.2 or less) at an L0 that is small beside the width. If L0 is too large,
-raise --l0_weight; if FVU is, lower it, or give more tokens and steps. An `error` in the bar (the FVU of a
-batch that it trains on) far below the held-out FVU means too few tokens; many dead features: too large a
-width.
+raise --l0_weight; if FVU is, lower it, or give more tokens and steps. An `error` in the bar (a batch's FVU)
+far below the held-out FVU means too few tokens; many dead features: too large a width.
 """
 
 import argparse
-import shlex
 
 import torch
 from tqdm import tqdm
@@ -37,18 +35,15 @@ def choose_pairs(pairs, tokens):
 
 
 @torch.no_grad()
-def read_states(lm, pairs, indices, layer, site, max_tokens=4096):
-    """States (n, d) that predict the response tokens of some pairs: what an SAE of the site reads."""
+def read_states(lm, hook, pairs, indices, max_tokens=4096):
+    """States (n, d) that predict the response tokens of some pairs: what an SAE of the hook's site reads."""
     groups, states = data.micro_batches(indices, pairs.row_lengths("separate"), 1, max_tokens=max_tokens), []
-    with SiteHook(lm, layer, site) as hook:
-        for group in tqdm(groups, desc="states"):
-            # flex_attention works in blocks of 128.
-            batch = data.collate(pairs, group, row_multiple=128 if lm.device.type == "cuda" else 1).to(
-                lm.device
-            )
-            # Padding is on the right, where a causal model never sees it. Without the head: no logits.
-            lm.model(input_ids=batch.tokens, use_cache=False)
-            states.append(hook.value.flatten(0, 1)[batch.state])
+    multiple = 128 if lm.device.type == "cuda" else 1  # flex_attention's blocks
+    batches = data.stream(pairs, groups, device=lm.device, row_multiple=multiple)
+    for batch, _ in tqdm(batches, "states", len(groups)):
+        # Padding is on the right, where a causal model never sees it. Without the head: no logits.
+        lm.model(input_ids=batch.tokens, use_cache=False)
+        states.append(hook.value.flatten(0, 1)[batch.state])
     return torch.cat(states)
 
 
@@ -66,8 +61,8 @@ def train_centred(states, **settings):
     return arrays
 
 
-def parse_args(argv=None):
-    """The flags."""
+def main(argv=None):
+    """Reads states, trains an SAE on them, judges it on held-out ones, and writes it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.error, add = refuse, parser.add_argument
     add("--model", required=True, help="Hugging Face directory or repo: best what training starts from")
@@ -79,12 +74,7 @@ def parse_args(argv=None):
     add("--tokens", type=int, default=200_000, help="response tokens, a tenth of them held out (200000)")
     add("--steps", type=int, default=2000, help="of 256 states each (2000)")
     add("--l0_weight", type=float, default=1e-3, help="what an active feature costs, in variances (1e-3)")
-    return parser.parse_args(argv)
-
-
-def main(argv=None):
-    """Reads states, trains an SAE on them, judges it on held-out ones, and writes it."""
-    args = parse_args(argv)
+    args = parser.parse_args(argv)
     data.check_output("out", args.out, folder=True)
     if min(args.width, args.tokens, args.steps) < 1 or args.l0_weight < 0:
         refuse("--width, --tokens, --steps: must be at least 1; --l0_weight: at least 0")
@@ -93,13 +83,13 @@ def main(argv=None):
     if args.layer is None:
         args.layer = lm.config.get_text_config().num_hidden_layers - 1
     try:
-        SiteHook(lm, args.layer, args.site).remove()
+        hook = SiteHook(lm, args.layer, args.site)
     except ValueError as error:
         refuse(f"--layer {args.layer}: {error}")
     pairs = data.load_pairs(args.dataset, tokenizer)
     train, held_out = choose_pairs(pairs, args.tokens)
-    states, others = (read_states(lm, pairs, i, args.layer, args.site) for i in (train, held_out))
-    del lm
+    states, others = (read_states(lm, hook, pairs, indices) for indices in (train, held_out))
+    del lm, hook
     print(f"{len(states):,} states of {len(train)} pairs to train on, {len(others):,} of others held out")
 
     arrays = train_centred(states, width=args.width, steps=args.steps, lr=3e-3, l0_weight=args.l0_weight)
@@ -108,10 +98,6 @@ def main(argv=None):
         path = write_sae(args.out, arrays, args.layer, args.site, figures["l0"])
     print(f"held out: L0 {figures['l0']:.1f}, FVU {figures['fvu']:.3f}, dead features {figures['dead']:.1%}")
     print(path)
-    words = ["python", "train.py", "--method", "fpo", "--model", args.model, "--sae", args.out]
-    words += ["--sae_layer", str(args.layer), "--sae_width", path.parts[-3].removeprefix("width_")]
-    words += ["--sae_site", args.site] if args.site != "res" else []
-    print(f"next: {shlex.join([*words, '--dataset', args.dataset, '--eval_dataset', 'HELD_OUT'])}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from experiments import benchmarks
 
 ALPACA = [{"instruction": "w10 w9", "output": "theirs", "generator": "other", "dataset": "koala"}]
 ARENA = [{"uid": "a1", "category": "math", "prompt": "w20 w21"}, {"uid": "a2", "prompt": "w22"}]
-ARENA_2024 = [{"question_id": "b1", "category": "c", "cluster": "d", "turns": [{"content": "w20"}]}]
 MT = [
     {"question_id": 81, "category": "writing", "turns": ["w30 w31", "w32"]},
     {"question_id": 111, "category": "math", "turns": ["w33", "w34"]},
@@ -53,15 +52,13 @@ def greedy(lm, text):
 
 def test_answers_in_each_benchmarks_format(answers):
     lm, ask = answers
-    told = {x: greedy(lm, f"<u> {x}") for x in ("w10 w9", "w20 w21", "w20")}
+    told = {x: greedy(lm, f"<u> {x}") for x in ("w10 w9", "w20 w21")}
     found = ask("alpaca_eval", ALPACA, "--temperature 0")
     assert found == [{**ALPACA[0], "output": told["w10 w9"], "generator": "ours"}]
     new, _ = ask("arena_hard", ARENA)  # greedy by itself
     assert {*new} == {"uid", "ans_id", "model", "messages", "tstamp"} and new["model"] == "ours"
     said = {"role": "assistant", "content": {"answer": told["w20 w21"]}}
     assert new["uid"] == "a1" and new["messages"] == [{"role": "user", "content": "w20 w21"}, said]
-    (old,) = ask("arena_hard", ARENA_2024)
-    assert old["choices"] == [{"index": 0, "turns": [{"content": told["w20"]}]}]
 
 
 def test_second_turn_follows_the_models_own_first(answers):

@@ -13,7 +13,7 @@ import data
 import eval_diversity
 import fpo
 import train
-from experiments import ablations, control, reproduce
+from experiments import control, reproduce
 from fpo import Statistics
 from sae import JumpReLUSAE
 from scale import pooled_features
@@ -65,14 +65,14 @@ def test_a_done_run_is_not_repeated_and_a_failed_one_is_told(tmp_path, monkeypat
     """Other commands or other weights at the start are another run; run.json comes only at a success."""
     (tmp_path / "start").mkdir()
     (tmp_path / "start/model.safetensors").write_bytes(b"weights")
-    options = args(tmp_path, f"comparison --model {tmp_path / 'start'} --seeds 0 --at_once 1")
+    options = args(tmp_path, f"comparison --model {tmp_path / 'start'} --seeds 0")
     done, lines = [], [("FPO", "fpo", "", ()), ("again", "fpo", "", ()), ("DPO", "dpo", "", ())]
     fake = SimpleNamespace(run=lambda words, **_: done.append(words) or reply)
     monkeypatch.setattr(reproduce, "subprocess", fake)
     monkeypatch.setattr(reproduce, "collect", lambda folder: folder.rsplit("/", 1)[-1])
     reply = SimpleNamespace(returncode=0)
     assert reproduce.do_lines(options, lines) == ["fpo_seed0", "dpo_seed0"]
-    assert len(done) == 6 and options.done == 2  # each: train, score, measure
+    assert len(done) == 6  # each: train, score, measure
     reproduce.do_lines(options, lines)
     assert len(done) == 6
     options.samples = 3
@@ -103,8 +103,8 @@ def planned(monkeypatch, options):
     return lines
 
 
-OWN = "--preset own --model M -- --dataset F.jsonl --eval_dataset G.jsonl --sae S --sae_layer 3 4 --lr 1"
-TASKS = ("ablation --preset toy", "ablation --preset gemma-2-2b", f"comparison {OWN}", "frontier")
+OWN = "--preset own --model M --dataset F.jsonl --eval_dataset G.jsonl --sae S --sae_layer 3 4 --lr 1"
+TASKS = ("ablation --preset toy", "ablation --preset gemma-2-2b", f"comparison {OWN}", "frontier", "control")
 
 
 @pytest.mark.parametrize("words", TASKS)
@@ -118,7 +118,7 @@ def test_every_command_is_one_that_the_scripts_take(tmp_path, monkeypatch, words
             words = ["--preset", *shlex.split(rest)]
             if "eval_diversity.py" in script:
                 config = eval_diversity.parse_args(words).config
-            elif "measure" in script:
+            elif "--json" in words:  # a measure
                 config = train.parse_args(words[: words.index("--json")])
             else:
                 config = train.parse_args([*words, *shlex.split(script.partition("train.py")[2])])
@@ -171,7 +171,7 @@ def test_curves_are_means_over_seeds_and_a_figure_is_the_same_each_time(tmp_path
 
     curves = (curve(1.0, 5.0), curve(3.0, 11.0))
     rows = [make_row(name, seed, curves[seed]) for name in reproduce.METHODS[1:] for seed in (0, 1)]
-    options = SimpleNamespace(task="comparison", assets=str(tmp_path), began=0.0, done=1)
+    options = SimpleNamespace(task="comparison", assets=str(tmp_path))
     (tmp_path / "results.json").write_text('{"ablation": [1]}')
     drawn = []
     for _ in range(2):
@@ -207,9 +207,9 @@ def test_losses_with_another_distance():
     c, c_ref = policy.features[0][:, 1:3], reference.features[0][:, 1:3]
     _, two = control.weighted_loss([1, 2], "fpo", policy, reference, **SETTINGS, units=(2.0, 5.0))
     assert torch.allclose(two["mse_chosen"], ((c - c_ref) ** 2).sum(1)[:2] / 9 / 2)  # k = 9, the first unit
-    sums, _ = ablations.loss_without_length_norm("fpo", policy, reference, **{**SETTINGS, "alpha": 0.0})
+    sums, _ = control.loss_without_length_norm("fpo", policy, reference, **{**SETTINGS, "alpha": 0.0})
     assert torch.allclose(sums, fpo.method_loss("dpo", policy, reference, **SETTINGS)[0])
-    loss, values = ablations.loss_of_states("fpo", policy, reference, **SETTINGS, units=(2.0,))
+    loss, values = control.loss_of_states("fpo", policy, reference, **SETTINGS, units=(2.0,))
     D = ((policy.features[0] - reference.features[0]) ** 2).sum(1) / 6 / 2
     ratio = (policy.logps - reference.logps) / policy.lengths
     u = 0.1 * (ratio[:2] - ratio[2:]) - 0.05 * (D[2:] - D[:2])
@@ -218,7 +218,7 @@ def test_losses_with_another_distance():
 
 def test_the_encoder_of_states_pools_the_states(monkeypatch):
     monkeypatch.setattr(train, "load_config", lambda name: make_lm().config)
-    encoder, h = ablations.state_encoder(SimpleNamespace(model="")), torch.randn(5, D)
+    encoder, h = control.state_encoder(SimpleNamespace(model="")), torch.randn(5, D)
     pooled = pooled_features(h, encoder, torch.tensor([0, 0, 1, 1, 1]), torch.tensor([2, 3]))
     assert torch.allclose(pooled, torch.stack([h[:2].mean(0), h[2:].mean(0)]), atol=1e-6)
 
@@ -249,7 +249,7 @@ def lend(monkeypatch, lms, sae, pairs=None):
 @pytest.mark.parametrize("sae", [exact_sae(), make_sae()], ids=["exact", "random"])
 def test_measure_against_plain_forwards(monkeypatch, sae):
     pairs, lms = make_pairs(9), {"model": nudge(make_lm()), "reference": make_lm()}
-    found = ablations.measure(lend(monkeypatch, lms, sae, pairs))
+    found = control.measure(lend(monkeypatch, lms, sae, pairs))
     ratios, nll, change = ([], []), [], torch.zeros(sae.m)
     for x, *ys in (pairs[i] for i in range(9)):
         for side, y in enumerate(ys):

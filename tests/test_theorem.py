@@ -142,12 +142,12 @@ def test_a_run(folder, monkeypatch):
     """KL and D_FPO are those that the run measured at its end; every state is there; other records stay."""
     out, short = Path("run"), "--steps 4 --warmup_steps 1 --save_every 2 --batch_size 16 --out run"
     monkeypatch.setattr(theorem, "RUN", [*theorem.RUN, *short.split()])
-    Path("out").mkdir()
-    Path("out/theorem.json").write_text('{"before": 1}')
-    Path("out/theorem.md").write_text("`python a`\n\n| old |\n\n`python b`\n\n| kept |\n")
-    theorem.main(["--json", "out/theorem.json"])
-    found, scores = (json.loads(Path(path).read_text()) for path in ("out/theorem.json", out / "scores.json"))
-    after, bounds = scores["after"], found["bounds"]
+    Path("assets").mkdir()
+    Path("assets/theorem.json").write_text('{"before": 1}')
+    Path("assets/theorem.md").write_text("`python a`\n\n| old |\n\n`python b`\n\n| kept |\n")
+    theorem.main([])
+    found = json.loads(Path("assets/theorem.json").read_text())
+    after, bounds = json.loads((out / "scores.json").read_text())["after"], found["bounds"]
     first, last = bounds["rows"]
     assert found["before"] == 1 and (first["step"], last["step"]) == (2, 4) and 0 < first["kl"] < last["kl"]
     vocabulary = json.loads(Path("runs/toy/model/config.json").read_text())["vocab_size"]
@@ -158,6 +158,6 @@ def test_a_run(folder, monkeypatch):
     for row in (first, last):
         assert all(row[name]["holds"] == 1 for name in ("range", "lemma", "whole"))
         assert row["dc"] > row["pooled"] > row["k_mse"] > 0  # Jensen, then fewer features
-    text = Path("out/theorem.md").read_text()
+    text = Path("assets/theorem.md").read_text()
     assert "| old |" not in text and text.endswith(" |\n\n`python b`\n\n| kept |\n")
-    assert "Theorem B.1" in text and "Theorem B.1" in Path("out/theorem.svg").read_text()
+    assert "Theorem B.1" in text and "Theorem B.1" in Path("assets/theorem.svg").read_text()
