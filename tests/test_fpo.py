@@ -132,20 +132,6 @@ def test_step_zero_is_the_reference(reference, saes, tmp_path):
                 assert (above.sum() / below.sum()).item() == 0.5, name
 
 
-def test_micro_batches_do_not_change_the_gradient(lm, reference, saes):
-    """4 pairs at once, or 3 + 1 of other padding, weighted by the global batch."""
-    pairs = make_pairs(4, seed=5)
-    grads = []
-    for groups in ([[0, 1, 2, 3]], [[2, 0, 3], [1]], [[3], [2], [1], [0]]):
-        policy = policy_of(lm, saes, reference)
-        for group in groups:
-            loss, _ = fpo.method_loss("fpo", *policy(collate(pairs, group, layout="shared")), beta=0.5, k=20)
-            (loss.sum() / 4).backward()
-        grads.append(torch.cat([p.grad.flatten() for p in policy.parameters()]))
-    for other in grads[1:]:
-        assert (other - grads[0]).norm() / grads[0].norm() < 1e-5
-
-
 def test_flex_mask_is_the_eager_mask(lm):
     """The BlockMask of flex_attention, made dense, shows what the additive mask shows."""
     batch = collate(make_pairs(3), range(3), layout="shared", row_multiple=128)
