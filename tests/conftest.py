@@ -1,6 +1,7 @@
 """What the tests share: random models, SAEs, pairs; their maths in plain form; scripts; the toy world."""
 
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -149,6 +150,13 @@ def finish(process, status=0):
     out, _ = process.communicate(timeout=240)
     assert process.returncode == status, out[-5000:]
     return out
+
+
+def lines_of(run):
+    """The whole lines of a run's metrics so far."""
+    path = Path(run, "metrics.jsonl")
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 @pytest.fixture(scope="session")

@@ -36,7 +36,7 @@ import filelock
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, Evil, build, finish, make_lm, make_pairs, make_sae, start
+from conftest import ROOT, Evil, build, finish, lines_of, make_lm, make_pairs, make_sae, start
 from safetensors.torch import load_file, save_file
 
 import fpo
@@ -67,13 +67,6 @@ def refused(*flags) -> str:
     return str(error.value)
 
 
-def lines_of(run):
-    """The whole lines of a run's metrics so far."""
-    path = Path(run, "metrics.jsonl")
-    text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-
-
 def losses_of(run):
     return [line["loss"] for line in lines_of(run)]
 
@@ -99,12 +92,9 @@ def run_until(step, *flags):
             raise KeyboardInterrupt
         return real(*args)
 
-    train.step_sums = dies
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            run(*flags)
-    finally:
-        train.step_sums = real
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "step_sums", dies)
+        run(*flags)
 
 
 # ---------------------------------------------------------------------------- interruptions
