@@ -210,9 +210,6 @@ def test_sequential_kl_is_finite_200_logits_apart(peak, expected):
     assert policy.dtype == kl.dtype == torch.float32
     assert kl.item() == pytest.approx(expected, rel=1e-6)
     assert policy.grad.isfinite().all()
-    # The plain form loses it.
-    ref, pi = reference[0, 0].softmax(-1), policy[0, 0].softmax(-1)
-    assert not (ref * (ref.log() - pi.log())).sum().isfinite()
 
 
 def test_masked_vocabulary_adds_nothing():
