@@ -175,28 +175,24 @@ def test_bf16_weights_lose_no_update(rule, fused, monkeypatch):
     monkeypatch.setattr(scale, "SLICE", 1024)  # four slices and a short one
     n = 4500
     start = (0.02 * torch.randn(n)).bfloat16()
-    ours, plain = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
-    master, theirs = (torch.nn.Parameter(start.float()) for _ in range(2))
+    ours, master, theirs = (torch.nn.Parameter(x) for x in (start.clone(), start.float(), start.float()))
     a, b = (ExactOptimizer([p], LR, rule=rule, fused=fused) for p in (ours, master))
-    c, d = torchs(rule, plain), torchs(rule, theirs)
-    asked = lost = lost_plain = 0
+    c, asked, lost = torchs(rule, theirs), 0, 0
     for g in gradients(n):
         before = start.float() if not a.state else join(ours.data, a.state[ours]["rest"])
-        before_plain, before_master = plain.detach().clone(), master.detach().clone()
-        ours.grad, plain.grad, master.grad, theirs.grad = g, g.clone(), g.float(), g.float()
-        a.step(), b.step(), c.step(), d.step()
+        before_master = master.detach().clone()
+        ours.grad, master.grad, theirs.grad = g, g.float(), g.float()
+        a.step(), b.step(), c.step()
         now = join(ours.data, a.state[ours]["rest"])
         assert same(now, master.data) and same(ours.data, split(master.data)[0])
         moved = master != before_master  # what float32 holds to be an update
         asked += moved.sum()
         lost += (moved & (now == before)).sum()
-        lost_plain += (moved & (plain == before_plain)).sum()
     assert asked > 150 * n and lost == 0
-    assert lost_plain / asked > 0.97
     if not fused:
         assert same(master, theirs)
         for name, value in b.state[master].items():
-            assert torch.equal(value.float(), d.state[theirs][name])
+            assert torch.equal(value.float(), c.state[theirs][name])
 
 
 @needs_compiler
