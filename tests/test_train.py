@@ -3,11 +3,10 @@
 import json
 import re
 import subprocess
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, finish, make_lm, make_pairs, start
+from conftest import ROOT, finish, lines_of, make_lm, make_pairs, start
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, Gemma2ForCausalLM
 
@@ -19,24 +18,12 @@ from data import UserError
 SHORT = ["--preset", "toy", "--steps", "3", "--warmup_steps", "2", "--eval_every", "0", "--no_eval_kl"]
 
 
-COMPARED = [
-    "loss",
-    "grad_norm",
-    "reward_margin",
-    "accuracy",
-    "constraint",
-    "mse_chosen",
-    "mse_rejected",
-    "lr",
-]
+TRAIN = "runs/toy/train.jsonl"
+NAMES = ["loss", "grad_norm", "reward_margin", "accuracy", "constraint", "mse_chosen", "mse_rejected", "lr"]
 
 
 def run(*flags):
     train.main(train.parse_args(list(map(str, flags))))
-
-
-def metrics(run):
-    return [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
 
 
 def test_two_ranks_do_what_one_does(folder):
@@ -44,16 +31,14 @@ def test_two_ranks_do_what_one_does(folder):
 
     Of 33 pairs: in the second of three steps there is one, and a rank has none.
     """
-    lines = (folder / "runs/toy/train.jsonl").read_text().splitlines()[:33]
-    (folder / "small.jsonl").write_text("\n".join(lines))
-    flags = ["--method", "fpo", *SHORT[:-1], "--eval_every", "2", "--dataset", "small.jsonl"]
+    flags = ["--method", "fpo", *SHORT[:-1], "--eval_every", "2", "--dataset", f"{TRAIN}:train[:33]"]
     other = ["--micro_batch_tokens", "400", "--activation_checkpointing", "--layout", "shared"]
     out = finish(start(folder, ROOT / "train.py", *flags, *other, "--out", "two", ranks=2))
     run(*flags, "--layout", "separate", "--out", "one")
-    two, one = metrics("two"), metrics("one")
+    two, one = lines_of("two"), lines_of("one")
     assert [line["step"] for line in two] == [1, 2, 3] and "eval_accuracy" in two[1]
     for a, b in zip(two, one, strict=True):
-        for name in COMPARED:
+        for name in NAMES:
             assert a[name] == pytest.approx(b[name], rel=2e-4, abs=1e-6), name
     assert two[0]["grad_norm"] == pytest.approx(one[0]["grad_norm"], rel=1e-5)
     a, b = (load_file(folder / run / "model/model.safetensors") for run in ("two", "one"))
@@ -75,7 +60,7 @@ def test_fsdp_trains_what_one_process_trains(folder, method):
     shared = ["--shard", "fsdp", "--activation_checkpointing", "--out", "shared"]
     finish(start(folder, ROOT / "train.py", *flags, *shared, ranks=2))
     run(*flags, "--out", "alone")
-    for a, b in zip(metrics("shared"), metrics("alone"), strict=True):
+    for a, b in zip(lines_of("shared"), lines_of("alone"), strict=True):
         for name in ("loss", "grad_norm"):
             assert a[name] == pytest.approx(b[name], rel=1e-5)
     a, b = (load_file(folder / run / "model/model.safetensors") for run in ("shared", "alone"))
@@ -98,18 +83,16 @@ def test_every_method_starts_where_it_should_and_learns(folder):
 
     FPO's own lr, α and k change nothing in it: its shards are read, not written again.
     """
-    lines = (folder / "runs/toy/train.jsonl").read_text().splitlines()[:32]
-    (folder / "small.jsonl").write_text("\n".join(lines))
     differs = {"sft": ["--lr", "1e-3"], "fpo": ["--lr", "2e-3", "--alpha", "1", "--k", "20"]}
+    same = [*SHORT, "--steps", "6", "--dataset", f"{TRAIN}:train[:32]"]
 
     def shards():
         found = (folder / "runs/toy/reference").rglob("shard_*")
         return {path: path.stat().st_mtime_ns for path in found}
 
     for method in fpo.METHODS:
-        flags = [*SHORT, *differs.get(method, ["--lr", "3e-3"]), "--dataset", "small.jsonl", "--steps", "6"]
-        run("--method", method, *flags)
-        losses = [line["loss"] for line in metrics(f"runs/toy/{method}")]
+        run("--method", method, *same, *differs.get(method, ["--lr", "3e-3"]))
+        losses = [line["loss"] for line in lines_of(f"runs/toy/{method}")]
         assert losses[-1] < losses[0] - 0.005, (method, losses)
         if method in ("dpo", "tdpo1", "tdpo2", "fpo"):
             assert losses[0] == pytest.approx(0.6931472, abs=1e-5)
@@ -300,7 +283,7 @@ def test_a_model_saved_in_another_dtype(folder):
     AutoTokenizer.from_pretrained(folder / "bf16").save_pretrained(folder / "wide")
     for name in ("bf16", "wide"):
         run(*SHORT, "--steps", "2", "--model", f"./{name}", "--out", f"{name}_run")
-    assert [a["loss"] for a in metrics("bf16_run")] == [a["loss"] for a in metrics("wide_run")]
+    assert [a["loss"] for a in lines_of("bf16_run")] == [a["loss"] for a in lines_of("wide_run")]
     run(*SHORT, "--steps", "2", "--dtype", "bfloat16", "--out", "narrow")
     assert {t.dtype for t in load_file("narrow/model/model.safetensors").values()} == {torch.bfloat16}
-    assert metrics("narrow")[0]["loss"] == pytest.approx(0.6931472, abs=1e-3)
+    assert lines_of("narrow")[0]["loss"] == pytest.approx(0.6931472, abs=1e-3)
