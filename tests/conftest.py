@@ -1,7 +1,12 @@
-"""Small things that the tests share: a random Gemma-2, an SAE, pairs of random tokens, and the toy world."""
+"""What the tests share: random models, SAEs, pairs; their maths in plain form; scripts; the toy world."""
 
+import itertools
+import json
 import os
+import subprocess
+import sys
 import tempfile
+from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -9,23 +14,26 @@ os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()  # of the tests and their s
 
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM
+from transformers import Gemma2ForCausalLM
 
+import losses
+import offline
 from data import Pairs
 from sae import JumpReLUSAE
 
+ROOT = Path(__file__).parent.parent
 V, D, M = 97, 32, 160
 
 
-def make_lm(seed=0, **changes):
-    """A random Gemma-2 whose sliding window (9) is shorter than most rows."""
+def make_lm(seed=0, kind=Gemma2ForCausalLM, **changes):
+    """A random model; a Gemma-2's sliding window (9) is shorter than most rows."""
     torch.manual_seed(seed)
-    config = Gemma2Config(
+    gemma = {"query_pre_attn_scalar": 8, "sliding_window": 9} if kind is Gemma2ForCausalLM else {}
+    config = kind.config_class(
         vocab_size=V, hidden_size=D, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=8, sliding_window=9,
-        attn_implementation="eager", **changes,
+        num_key_value_heads=2, head_dim=8, attn_implementation="eager", **gemma, **changes,
     )  # fmt: skip
-    lm = Gemma2ForCausalLM(config)
+    lm = kind(config)
     with torch.no_grad():  # wider than the default: softcaps bite, distributions differ
         for parameter in lm.parameters():
             if parameter.ndim == 2:
@@ -36,7 +44,7 @@ def make_lm(seed=0, **changes):
 def nudge(lm, scale=0.02, seed=1):
     """A copy that has moved: a policy after some training."""
     torch.manual_seed(seed)
-    twin = Gemma2ForCausalLM(lm.config)
+    twin = type(lm)(lm.config)
     twin.load_state_dict(lm.state_dict())
     with torch.no_grad():
         for parameter in twin.parameters():
@@ -53,6 +61,12 @@ def make_sae(seed=0, d=D, m=M):
     return JumpReLUSAE(W_enc, b_enc, W_enc.T.clone(), torch.zeros(d), threshold)
 
 
+def exact_sae(d=D):
+    """An SAE without error: c = (ReLU(h), ReLU(-h)), ĥ = h; d features active at each state."""
+    one, zero = torch.eye(d), torch.zeros(2 * d)
+    return JumpReLUSAE(torch.cat([one, -one], 1), zero, torch.cat([one, -one]), torch.zeros(d), zero)
+
+
 def make_pairs(n=8, seed=0, longest=14):
     """Pairs of random tokens and random lengths."""
     g = torch.Generator().manual_seed(seed)
@@ -62,6 +76,93 @@ def make_pairs(n=8, seed=0, longest=14):
         return torch.randint(4, V, (size,), generator=g).tolist()
 
     return Pairs([([2, *text(3)], text(1), text(1)) for _ in range(n)])
+
+
+# ---------------------------------------------------------------------------- the maths in plain form
+def run_plainly(model, ids, layers):
+    """transformers' own logits, and what each of these layers' blocks leaves (d-wide, before any norm)."""
+    kept = []
+    blocks = [model.model.layers[layer] for layer in layers]
+    handles = [block.register_forward_hook(lambda module, args, out: kept.append(out)) for block in blocks]
+    logits = model(ids).logits
+    for handle in handles:
+        handle.remove()
+    return logits, kept
+
+
+def plain(lm, reference, saes, layers, pairs):
+    """{name: (2B, …)}, chosen responses first: one unpadded response at a time, with losses.py on logits.
+
+    `entropy` is of the positions that predict the response, `entropy_all` of all but the last.
+    """
+    rows = []
+    for side, i in itertools.product((1, 2), range(len(pairs))):
+        prompt, response = pairs[i][0].long(), pairs[i][side].long()
+        ids, n = torch.cat([prompt, response])[None], len(response)
+        labels = torch.cat([torch.full_like(prompt, -100), response])[None]
+        (logits, states), (ref_logits, ref_states) = (run_plainly(m, ids, layers) for m in (lm, reference))
+        log_p = logits[0, :-1].log_softmax(-1)
+        entropy = -(log_p.exp() * log_p).sum(-1)
+        row = {
+            "logps": losses.sequence_logps(logits, labels)[0],
+            "ref_logps": losses.sequence_logps(ref_logits, labels)[0],
+            "kl": losses.sequential_kl(logits, ref_logits, labels),
+            "lengths": torch.tensor([n]),
+            "entropy": entropy[-n:].sum()[None],
+            "entropy_all": entropy.sum()[None],
+            "lengths_all": torch.tensor([len(entropy)]),
+        }
+        where = (labels != -100).roll(-1, 1)  # the positions before
+        for s, sae in enumerate(saes):
+            row[f"features{s}"] = losses.pool_features(sae.encode(states[s]), where)
+            row[f"ref_features{s}"] = losses.pool_features(sae.encode(ref_states[s]), where)
+        rows.append(row)
+    return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+
+
+# ---------------------------------------------------------------------------- caches, scripts, the toy world
+def identity_of(policy, pairs, layout="separate"):
+    weights = offline.digest(policy.lm.state_dict())
+    return offline.reference_identity(policy, pairs, weights=weights, arithmetic={"layout": layout})
+
+
+def build(policy, pairs, folder):
+    """The reference cache of a policy, as Phase 1 makes or finds it."""
+    return offline.build_reference(policy, pairs, folder, identity_of(policy, pairs), layout="separate")
+
+
+class Evil:
+    """Unpickling it leaves a folder behind."""
+
+    def __init__(self, path="unpickled"):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def start(folder, *words, ranks=1, options=()):
+    """A process of python, as a user starts it; by torchrun where there are several ranks, or its options."""
+    torchrun = ["-m", "torch.distributed.run", *(options or ["--standalone"]), "--nproc_per_node", str(ranks)]
+    return subprocess.Popen(
+        [sys.executable, *(torchrun if ranks > 1 or options else []), *map(str, words)], cwd=folder,
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+
+
+def finish(process, status=0):
+    """What a process that was started writes until it ends with this status."""
+    out, _ = process.communicate(timeout=240)
+    assert process.returncode == status, out[-5000:]
+    return out
+
+
+def lines_of(run):
+    """The whole lines of a run's metrics so far."""
+    path = Path(run, "metrics.jsonl")
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ The tokenizers are made here: small vocabularies, and chat templates written ane
 in use. What is expected comes from the template's own rendering, never from data.py.
 """
 
-import contextlib
 import gzip
 import json
 import os
@@ -827,10 +826,7 @@ def test_micro_batches(sizes, ranks, data, max_pairs, max_tokens):
 def test_epoch_order():
     orders = [tuple(epoch_order(50, epoch, seed).tolist()) for epoch in range(3) for seed in range(3)]
     assert len(set(orders)) == 9 and all(sorted(order) == list(range(50)) for order in orders)
-    torch.manual_seed(5)
-    state = torch.get_rng_state()
     assert tuple(epoch_order(50, 2, 1).tolist()) == orders[7]  # its arguments alone count
-    assert torch.equal(state, torch.get_rng_state())
 
 
 # ---------------------------------------------------------------- files and ranks
@@ -875,11 +871,10 @@ def test_outputs_are_tried_before_the_work(tmp_path):
 
 def test_an_error_is_one_line(monkeypatch, capsys):
     for rank, everywhere, said in ((0, True, "error: no"), (1, True, ""), (1, False, "error (rank 1): no")):
-        with contextlib.suppress(SystemExit):
-            monkeypatch.setenv("RANK", str(rank))
-            error = UserError("no", everywhere)
-            data.run_script(unittest.mock.Mock(side_effect=error))
-        assert capsys.readouterr().err.strip() == said
+        monkeypatch.setenv("RANK", str(rank))
+        with pytest.raises(SystemExit) as end:
+            data.run_script(unittest.mock.Mock(side_effect=UserError("no", everywhere)))
+        assert end.value.code == 2 and capsys.readouterr().err.strip() == said
 
 
 def test_the_library_s_errors_name_what_failed():
@@ -905,12 +900,6 @@ def in_two_ranks(rank, folder):
 def test_one_rank_tokenises_for_all(tmp_path):
     write(tmp_path / "data.jsonl", GOOD, PREFERENCES["HH-RLHF"], {"prompt": "a"})
     write(tmp_path / "bad.jsonl", {"prompt": "a"})
-    context = torch.multiprocessing.get_context("fork")
-    processes = [context.Process(target=in_two_ranks, args=(rank, tmp_path)) for rank in (0, 1)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-        assert process.exitcode == 0
+    torch.multiprocessing.start_processes(in_two_ranks, (tmp_path,), nprocs=2, start_method="fork")
     (digest, calls), (other, more) = (json.loads((tmp_path / f"rank_{i}").read_text()) for i in (0, 1))
     assert digest == other and calls + more == 3 + 1

@@ -4,15 +4,11 @@ import copy
 import itertools
 import json
 import math
-import os
-import socket
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import V, make_lm, make_pairs, make_sae, nudge
+from conftest import V, finish, make_lm, make_pairs, make_sae, nudge, plain, start
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
@@ -62,40 +58,8 @@ def lm():
 
 
 # ---------------------------------------------------------------------------- pairs
-SIDES = ("chosen", "rejected")
-
-
 def average(values):
-    return pytest.approx(sum(values) / len(values), rel=1e-4)
-
-
-def by_hand(lm, reference, sae, pairs):
-    """Per pair and side: log-probabilities, KL, entropy, features; one unpadded response at a time."""
-    rows = []
-    for i in range(len(pairs)):
-        row = {}
-        for side, name in ((1, "chosen"), (2, "rejected")):
-            prompt, y = pairs[i][0].long(), pairs[i][side].long()
-            ids = torch.cat([prompt, y])[None]
-            labels = torch.cat([torch.full_like(prompt, -100), y])[None]
-            logits, ref_logits = lm(ids).logits, reference(ids).logits
-            row[f"logps_{name}"] = losses.sequence_logps(logits, labels)[0].item()
-            row[f"ratio_{name}"] = row[f"logps_{name}"] - losses.sequence_logps(ref_logits, labels)[0].item()
-            row[f"kl_{name}"] = losses.sequential_kl(logits, ref_logits, labels).item()
-            p = logits[0, :-1].softmax(-1)  # the last position predicts nothing
-            entropy = -(p * p.log()).sum(-1)
-            row[f"entropy_{name}"] = entropy[len(prompt) - 1 :].sum().item()
-            row[f"whole_{name}"] = entropy.sum().item(), len(entropy)
-            row[f"lengths_{name}"] = len(y)
-            pooled = []
-            for model in (lm, reference):
-                hidden = model(ids, output_hidden_states=True).hidden_states[2]  # layer 1's output
-                pooled.append(losses.pool_features(sae.encode(hidden), (labels != -100).roll(-1, 1)))
-            row[f"mse_{name}"] = losses.feature_mse(*pooled, k=12).item()
-            for whose, c in zip(("policy", "reference"), pooled, strict=True):
-                row[f"activations_{whose}_{name}"] = sorted(c[0].tolist(), reverse=True)[:5]
-        rows.append(row)
-    return rows
+    return pytest.approx(values.mean().item(), rel=1e-4)
 
 
 @torch.no_grad()
@@ -103,33 +67,35 @@ def test_scores_against_plain_loops(lm, tokenizer):
     pairs, reference, sae = make_pairs(9, seed=4), make_lm(), make_sae()
     policy = fpo.Policy(copy.deepcopy(lm), [sae], [(1, "res")])
     policy.hold_reference(fpo.Policy(copy.deepcopy(reference), [sae], [(1, "res")]))
-    rows = by_hand(lm, reference, sae, pairs)
+    x = plain(lm, reference, [sae], [1], pairs)
+    x["ratio"] = x["logps"] - x["ref_logps"]
+    x["mse"] = losses.feature_mse(x["features0"], x["ref_features0"], k=12)
     settings = make_settings(features_top=5, beta=0.3, method="fpo")
     scores = evaluate(policy, tokenizer, pairs, settings, layout="shared", max_tokens=100)
 
     def share(name, per_token):
-        sides = [[r[f"{name}_{s}"] / (r[f"lengths_{s}"] if per_token else 1) for r in rows] for s in SIDES]
-        return sum(w > l for w, l in zip(*sides, strict=True)) / 9
+        chosen, rejected = (x[name] / (x["lengths"] if per_token else 1)).chunk(2)
+        return (chosen > rejected).sum().item() / 9
 
     assert scores["accuracy"] == share("logps", True)
     assert scores["accuracy_sum"] == share("logps", False)
     assert scores["reward_accuracy_mean"] == share("ratio", True)
     assert scores["reward_accuracy_sum"] == share("ratio", False)
-    assert scores["nll_chosen"] == average([-r["logps_chosen"] / r["lengths_chosen"] for r in rows])
+    assert scores["nll_chosen"] == average((-x["logps"] / x["lengths"])[:9])
     for name in ("kl", "mse"):  # the absolute value is of each pair: signs differ here
-        assert scores[f"{name}_chosen"] == average([r[f"{name}_chosen"] for r in rows])
-        assert scores[f"{name}_rejected"] == average([r[f"{name}_rejected"] for r in rows])
-        differences = [r[f"{name}_rejected"] - r[f"{name}_chosen"] for r in rows]
-        assert min(differences) < 0 < max(differences)
-        assert scores[f"{name}_margin"] == average([0.3 * abs(difference) for difference in differences])
-    entropy, tokens = (sum(r[f"{n}_{s}"] for r in rows for s in SIDES) for n in ("entropy", "lengths"))
-    assert scores["teacher_forced_entropy"] == pytest.approx(entropy / tokens, rel=1e-5)
-    entropy, tokens = (sum(parts) for parts in zip(*(r["whole_rejected"] for r in rows), strict=True))
-    assert scores["teacher_forced_entropy_all"] == pytest.approx(entropy / tokens, rel=1e-5)
-    for whose in ("policy", "reference"):  # by rank: each response sorted by itself, then the mean
-        sides = [r[f"activations_{whose}_{s}"] for r in rows for s in SIDES]
-        by_rank = [sum(column) / 18 for column in zip(*sides, strict=True)]
-        assert scores[f"activations_{whose}"] == pytest.approx(by_rank, rel=1e-4)
+        chosen, rejected = x[name].chunk(2)
+        assert scores[f"{name}_chosen"] == average(chosen)
+        assert scores[f"{name}_rejected"] == average(rejected)
+        assert (rejected - chosen).min() < 0 < (rejected - chosen).max()
+        assert scores[f"{name}_margin"] == average(0.3 * (rejected - chosen).abs())
+    entropy = x["entropy"].sum() / x["lengths"].sum()
+    assert scores["teacher_forced_entropy"] == pytest.approx(entropy.item(), rel=1e-5)
+    entropy = x["entropy_all"][9:].sum() / x["lengths_all"][9:].sum()
+    assert scores["teacher_forced_entropy_all"] == pytest.approx(entropy.item(), rel=1e-5)
+    for whose, name in (("policy", "features0"), ("reference", "ref_features0")):
+        # By rank: each response sorted by itself, then the mean.
+        by_rank = x[name].sort(descending=True).values[:, :5].mean(0)
+        assert scores[f"activations_{whose}"] == pytest.approx(by_rank.tolist(), rel=1e-4)
     # The reward is the method's own, D_FPO is in the run's units; without a method there is no such reward.
     assert scores["reward_accuracy"] == share("ratio", True)
     settings = make_settings(method="simpo", units=[4.0])
@@ -353,20 +319,9 @@ def test_script_on_two_ranks(run):
     """Two processes: the same scores, samples and intervals as one, in the files."""
     words = "--model run/model --reference reference --prompts 5 --samples 3 --max_new_tokens 20 --seed 2"
     words = f"{words} --sample_batch 4 --features_top 4 --bootstrap 50 --train_pairs --json".split()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    ranks = [({}, "one.json"), ({**where, "RANK": "0"}, "two.json"), ({**where, "RANK": "1"}, "two.json")]
-    started = [
-        subprocess.Popen(
-            [sys.executable, eval_diversity.__file__, *words, path],
-            env={**os.environ, **env, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True,
-        )
-        for env, path in ranks
-    ]  # fmt: skip
-    for process in started:
-        errors = process.communicate(timeout=120)[1]
-        assert process.returncode == 0, errors
+    two = start(run, eval_diversity.__file__, *words, "two.json", ranks=2)
+    eval_diversity.main(eval_diversity.parse_args([*words, "one.json"]))
+    finish(two)
     one, two = (json.loads((run / path).read_text()) for path in ("one.json", "two.json"))
     assert set(one.pop("made_by")) == set(two.pop("made_by")) == {"command", "commit", "hardware"}
     again, ends, ends_two = one.pop("train"), one.pop("intervals"), two.pop("intervals")

@@ -6,7 +6,6 @@ import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-TOP = {"losses", "sae", "data", "scale", "fpo", "toy", "offline", "train", "eval_diversity"}
 FLOOR = dict.fromkeys(("losses", "data", "sae", "scale"), 1) | {"fpo": 2, "toy": 2}
 FLOOR |= {"offline": 3, "train": 4, "eval_diversity": 5}
 
@@ -19,17 +18,17 @@ def tracked(pattern):
 def arrows():
     """{(file, file that it imports)} among the files at the top."""
     found = set()
-    for name in TOP:
+    for name in FLOOR:
         for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) else []
-            found |= {(name, other) for other in names if other in TOP}
+            found |= {(name, other) for other in names if other in FLOOR}
     return found
 
 
 def test_arrows_point_down():
     """No file imports one of its own floor or above, so there is no circle; at most 20 arrows."""
-    assert {path.stem for path in tracked("*.py") if path.parent == ROOT} == TOP
+    assert {path.stem for path in tracked("*.py") if path.parent == ROOT} == FLOOR.keys()
     assert all(FLOOR[name] > FLOOR[other] for name, other in arrows()), sorted(arrows())
     assert len(arrows()) <= 20
 
@@ -38,7 +37,7 @@ def test_what_there_is_to_read():
     """Lines that may not grow: those of the product, and of the tests."""
     lines = {path: len(path.read_text().splitlines()) for path in tracked("*.py")}
     tests = sum(n for path, n in lines.items() if path.parent.name == "tests")
-    assert sum(lines.values()) - tests <= 5800 and tests <= 5450
+    assert sum(lines.values()) - tests <= 5700 and tests <= 5000
 
 
 def test_every_flag_has_a_help_text_and_there_are_at_most_46():

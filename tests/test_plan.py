@@ -31,8 +31,7 @@ def test_peaks_of_gemma_2(name, method, flags):
     config = Gemma2Config(**plan.GEMMA_2[f"gemma-2-{name}"], attn_implementation="flex_attention")
     rule = {"9b": "rmsprop", "2b": "adam"}[name]
     found = plan.plan(config, method=method, rule=rule, tokens=8192, **plan.WAYS[flags])
-    # A float32 stream: 2 bytes more a layer's input, gone at FSDP2's peak; without checkpointing three copies
-    # more of it in bf16, for the products.
+    # A float32 stream: 2 bytes more a layer input (gone at FSDP2's peak), or three bf16 copies for products.
     more = {"": 2, " --shard fsdp": 0, " --no_activation_checkpointing": 6}[flags]
     stream = more * config.num_hidden_layers * config.hidden_size * 8192 / 1e9
     assert found["total"] == pytest.approx(PEAKS[name, method, flags] + stream, rel=0.03)

@@ -8,12 +8,10 @@ import contextlib
 import importlib
 import io
 import json
-import os
 import re
 import shlex
 import shutil
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
@@ -181,6 +179,8 @@ def test_snippet_runs():
 
 def test_any_model_in_three_commands(world, tmp_path):
     """An SAE, FPO, scores: the README's commands with fewer steps, on the toy's files under other names."""
+    from conftest import finish, start
+
     shutil.copytree(world / "model", tmp_path / "MODEL")
     for name, copied in (("train", "pairs"), ("test", "held_out")):
         shutil.copy(world / f"{name}.jsonl", tmp_path / f"{copied}.jsonl")
@@ -193,12 +193,8 @@ def test_any_model_in_three_commands(world, tmp_path):
     for command, (what, flags) in zip(commands, shorter.items(), strict=True):
         assert what in command
         words = [str(ROOT / word) if word.endswith(".py") else word for word in shlex.split(command)[1:]]
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [sys.executable, *words, *flags.split()], cwd=tmp_path, env=env, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-    scores = dict(re.findall(r"^(\w+) +(\S+)", done.stdout, flags=re.M))
+        out = finish(start(tmp_path, *words, *flags.split()))
+    scores = dict(re.findall(r"^(\w+) +(\S+)", out, flags=re.M))
     assert float(scores["mse_rejected"]) > 0 and 0 < float(scores["reward_accuracy"]) < 1
 
 

@@ -7,7 +7,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import D, make_lm, make_pairs, make_sae, nudge
+from conftest import D, exact_sae, make_lm, make_pairs, make_sae, nudge
 
 import data
 import eval_diversity
@@ -15,7 +15,6 @@ import fpo
 import train
 from experiments import control, reproduce
 from fpo import Statistics
-from sae import JumpReLUSAE
 from scale import pooled_features
 
 
@@ -221,12 +220,6 @@ def test_the_encoder_of_states_pools_the_states(monkeypatch):
     encoder, h = control.state_encoder(SimpleNamespace(model="")), torch.randn(5, D)
     pooled = pooled_features(h, encoder, torch.tensor([0, 0, 1, 1, 1]), torch.tensor([2, 3]))
     assert torch.allclose(pooled, torch.stack([h[:2].mean(0), h[2:].mean(0)]), atol=1e-6)
-
-
-def exact_sae():
-    """An SAE that gives its input back: c = (h⁺, h⁻), d features active at each state."""
-    both = torch.cat([torch.eye(D), -torch.eye(D)], 1)
-    return JumpReLUSAE(both, torch.zeros(2 * D), both.T.clone(), torch.zeros(D), torch.zeros(2 * D))
 
 
 def plainly(lm, sae, x, y):

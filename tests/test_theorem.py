@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_lm, make_pairs, make_sae, nudge
+from conftest import exact_sae, make_lm, make_pairs, make_sae, nudge
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
@@ -26,12 +26,6 @@ def make_head(E, w=0.0, cap=None, eps=0.0):
         head.weight.copy_(E)
     config, body = SimpleNamespace(rms_norm_eps=eps, final_logit_softcapping=cap), SimpleNamespace(norm=norm)
     return SimpleNamespace(model=body, config=config, get_output_embeddings=lambda: head)
-
-
-def exact_sae(d):
-    """An SAE without error: c = (ReLU(h), ReLU(-h)), ĥ = h."""
-    one, zero = torch.eye(d), torch.zeros(2 * d)
-    return JumpReLUSAE(torch.cat([one, -one], 1), zero, torch.cat([one, -one]), torch.zeros(d), zero)
 
 
 def bounds_of(reference, policy, sae, h_ref, h):

@@ -6,7 +6,6 @@ import random
 import re
 from functools import partial
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -202,14 +201,13 @@ def test_states_and_figures_of_the_sae_recomputed(world):
         states[-1] = states[-1][len(prompt) - 1 : -1]
     states = torch.cat(states)
     assert torch.allclose(h[: len(states)], states, atol=1e-3)
-    p, h = dict(np.load(world / path, allow_pickle=False)), h.double().numpy()
-    z = h @ p["W_enc"].astype(float) + p["b_enc"]
-    c = z * (z > p["threshold"])
-    fvu = ((c @ p["W_dec"] + p["b_dec"] - h) ** 2).sum() / ((h - h.mean(0)) ** 2).sum()
-    assert (c > 0).sum(1).mean() == pytest.approx(figures["l0"], abs=0.01)
-    assert (c == 0).all(0).mean() == pytest.approx(figures["dead"], abs=0.01)
-    assert fvu == pytest.approx(figures["fvu"], rel=1e-3)
-    assert 20 <= figures["l0"] <= 40 and fvu < 0.03
+    found = toy.sae_figures(load_sae(world / path, layer=3), h)
+    assert found == {
+        "l0": pytest.approx(figures["l0"], abs=0.01),
+        "fvu": pytest.approx(figures["fvu"], rel=1e-3),
+        "dead": pytest.approx(figures["dead"], abs=0.01),
+    }
+    assert 20 <= found["l0"] <= 40 and found["fvu"] < 0.03
 
 
 @pytest.fixture
