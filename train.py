@@ -638,6 +638,7 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
     say(f"starting from {config.model}")
     needs_saes = config.sae is not None and config.method != "sft"
     saes, sites = load_saes(config, device) if needs_saes else ([], [])
+    load_config(config.model)  # where no model is, nothing else is asked
     tokenizer = data.load_tokenizer(config.model)
     pairs, held_out = (load_data(name, config, tokenizer) for name in ("dataset", "eval_dataset"))
     rows = rows_of(config, tokenizer, pairs, device)  # how a batch is laid out
