@@ -12,14 +12,16 @@ far below the held-out FVU means too few tokens; many dead features: too large a
 """
 
 import argparse
+from types import SimpleNamespace
 
 import torch
 from tqdm import tqdm
 
 import data
+from fpo import attention_mask
 from sae import MODULES, JumpReLUSAE, SiteHook
 from toy import sae_figures, train_sae, write_sae
-from train import load_lm, refuse
+from train import load_lm, refuse, rows_of
 
 
 def choose_pairs(pairs, tokens):
@@ -35,14 +37,18 @@ def choose_pairs(pairs, tokens):
 
 
 @torch.no_grad()
-def read_states(lm, hook, pairs, indices, max_tokens=4096):
-    """States (n, d) that predict the response tokens of some pairs: what an SAE of the hook's site reads."""
-    groups, states = data.micro_batches(indices, pairs.row_lengths("separate"), 1, max_tokens=max_tokens), []
-    multiple = 128 if lm.device.type == "cuda" else 1  # flex_attention's blocks
-    batches = data.stream(pairs, groups, device=lm.device, row_multiple=multiple)
+def read_states(lm, hook, pairs, indices, rows, max_tokens=4096):
+    """States (n, d) that predict the response tokens of some pairs: what an SAE of the hook's site reads.
+
+    rows: layout and padding, as `train.rows_of` gives them.
+    """
+    lengths, states = pairs.row_lengths(rows["layout"], rows["row_multiple"]), []
+    groups = data.micro_batches(indices, lengths, 1, max_tokens=max_tokens)
+    batches = data.stream(pairs, groups, device=lm.device, **rows)
     for batch, _ in tqdm(batches, "states", len(groups)):
-        # Padding is on the right, where a causal model never sees it. Without the head: no logits.
-        lm.model(input_ids=batch.tokens, use_cache=False)
+        mask = attention_mask(batch, lm.config.get_text_config(), lm.dtype)
+        given = {"input_ids": batch.tokens, "position_ids": batch.positions, "attention_mask": mask}
+        lm.model(**given, use_cache=False)  # without the head: no logits
         states.append(hook.value.flatten(0, 1)[batch.state])
     return torch.cat(states)
 
@@ -88,7 +94,8 @@ def main(argv=None):
         refuse(f"--layer {args.layer}: {error}")
     pairs = data.load_pairs(args.dataset, tokenizer)
     train, held_out = choose_pairs(pairs, args.tokens)
-    states, others = (read_states(lm, hook, pairs, indices) for indices in (train, held_out))
+    rows = rows_of(SimpleNamespace(layout="auto"), tokenizer, pairs, device)
+    states, others = (read_states(lm, hook, pairs, indices, rows) for indices in (train, held_out))
     del lm, hook
     print(f"{len(states):,} states of {len(train)} pairs to train on, {len(others):,} of others held out")
 

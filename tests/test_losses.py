@@ -126,7 +126,7 @@ def test_empty_response_has_length_one(method, side):
     assert torch.equal(function(*empty.values()), function(*one.values()))
 
 
-# ---- sequence_logps ----
+# ---- sequence_logps, sequential_kl ----
 
 
 def log_softmax(row):
@@ -159,9 +159,6 @@ def test_sequence_logps_by_hand():
     # onehot - π
     by_hand = [0.0, 0.0, 0.5, -0.5, -0.2, 0.2, 0.0, 0.0]
     assert logits.grad.flatten().tolist() == pytest.approx(by_hand, abs=1e-15)
-
-
-# ---- sequential_kl ----
 
 
 def test_sequential_kl_by_hand():

@@ -12,6 +12,8 @@ from data import Pairs, UserError, epoch_order, load_pairs
 from experiments import train_sae
 from sae import JumpReLUSAE, SiteHook, load_sae
 
+ROWS = {"layout": "separate", "row_multiple": 1}
+
 
 def test_every_tenth_pair_is_held_out_and_the_tokens_are_enough():
     sizes = [(1 + i % 7, 1 + i % 3) for i in range(100)]
@@ -24,10 +26,10 @@ def test_every_tenth_pair_is_held_out_and_the_tokens_are_enough():
         train_sae.choose_pairs(pairs, 9)
 
 
-@pytest.mark.parametrize("layer, site", [(3, "res"), (1, "mlp")])
-def test_states_are_those_before_the_response_tokens_of_each_response(layer, site):
+@pytest.mark.parametrize("layer, site, layout", [(3, "res", {"layout": "shared"}), (1, "mlp", {})])
+def test_states_are_those_before_the_response_tokens_of_each_response(layer, site, layout):
     lm, pairs, indices = make_lm(), make_pairs(8), [5, 0, 2, 7, 6]
-    h = train_sae.read_states(lm, SiteHook(lm, layer, site), pairs, indices, max_tokens=60)
+    h = train_sae.read_states(lm, SiteHook(lm, layer, site), pairs, indices, ROWS | layout, max_tokens=60)
     block, seen = lm.model.layers[layer], []
     module = block if site == "res" else block.post_feedforward_layernorm
     module.register_forward_hook(lambda module, args, output: seen.append(output))
@@ -67,7 +69,7 @@ def test_from_a_model_and_pairs_to_an_sae(world, tmp_path, monkeypatch, capsys):
     # What it prints is of the pairs held out.
     lm = AutoModelForCausalLM.from_pretrained("mine", attn_implementation="eager")
     pairs = load_pairs("pairs.jsonl", AutoTokenizer.from_pretrained("mine"))
-    h = train_sae.read_states(lm, SiteHook(lm, 2), pairs, train_sae.choose_pairs(pairs, 4000)[1])
+    h = train_sae.read_states(lm, SiteHook(lm, 2), pairs, train_sae.choose_pairs(pairs, 4000)[1], ROWS)
     c = (sae := load_sae("my sae", layer=2, width="128")).encode(h)
     error = (sae.decode(c) - h).square().sum() / (h - h.mean(0)).square().sum()
     assert (c > 0).sum(1).double().mean().item() == pytest.approx(l0, abs=0.06)
