@@ -617,24 +617,14 @@ def check_output(flag: str, path, *, folder: bool):
         raise UserError(f"--{flag} {path}: no {'folder' if folder else 'file'} can be written there")
 
 
-def hardware() -> str:
-    """What this runs on, in words."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
-    return f"{os.cpu_count()} CPU cores"
-
-
-def git_commit() -> str:
-    """The commit, with a + where files differ from it; "unknown" outside a repository."""
-    words = ["git", "describe", "--always", "--dirty=+", "--exclude", "*"]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parent)
-    return done.stdout.strip() or "unknown"
-
-
 def made_by() -> dict:
-    """What a file of results says of its making: command, commit, hardware."""
+    """What a file of results says of its making: command, commit (+ where files differ from it), hardware."""
+    words = ["git", "describe", "--always", "--dirty=+", "--exclude", "*"]
+    commit = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    cards = torch.cuda.device_count()
+    hardware = f"{cards} × {torch.cuda.get_device_name()}" if cards else f"{os.cpu_count()} CPU cores"
     command = shlex.join(["python", *sys.orig_argv[1:]])
-    return {"command": command, "commit": git_commit(), "hardware": hardware()}
+    return {"command": command, "commit": commit or "unknown", "hardware": hardware}
 
 
 @contextlib.contextmanager

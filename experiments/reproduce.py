@@ -146,8 +146,8 @@ def do_run(run: dict) -> str:
             words, env = [sys.executable, *shlex.split(text)[1:]], {**os.environ, "OMP_NUM_THREADS": "1"}
             if status := subprocess.run(words, stdout=log, stderr=log, env=env).returncode:
                 raise data.UserError(f"{text}: ended with status {status}, see {folder / 'log.txt'}")
-    made = {"commit": data.git_commit(), "hardware": data.hardware()}
-    data.write_json(folder / "run.json", run | made | {"seconds": round(time.perf_counter() - began, 1)})
+    made = data.made_by() | {"seconds": round(time.perf_counter() - began, 1)}
+    data.write_json(folder / "run.json", run | made)
     return run["folder"]
 
 
