@@ -171,15 +171,11 @@ class Policy(nn.Module):
         mean = owner_matrix(owner, len(lengths), torch.float32) / lengths.clamp(min=1)[:, None]  # (2B, N)
         return features, tuple(mean @ h.detach().float().square().sum(-1) for h in sites)
 
-    def forward(self, batch: Batch, entropy=False, plain=False) -> tuple[Statistics, Statistics | None]:
+    def forward(self, batch: Batch, entropy=False) -> tuple[Statistics, Statistics | None]:
         """Returns the policy's statistics, and the reference's if one is held.
 
-        Args:
-            entropy: also the entropies of the next-token distributions.
-            plain: log-probabilities alone, by transformers' own forward (what `audit` compares with).
+        entropy: also the entropies of the next-token distributions.
         """
-        if plain:
-            return self._plain(batch), None
         softcap = getattr(self.lm.config.get_text_config(), "final_logit_softcapping", None)
         ref_states = ref_weight = None
         with torch.no_grad():
@@ -201,14 +197,14 @@ class Policy(nn.Module):
             features, norms = self._pool(ref_sites, batch)
             return policy, Statistics(belongs @ ref_logps, batch.lengths, features, norms=norms)
 
-    def _plain(self, batch):
-        """log π(y|x) by `lm(input_ids).logits`: each row of a `separate` batch alone, unpadded."""
+    def plain_logps(self, batch: Batch) -> torch.Tensor:
+        """(R,) log π(y|x) by transformers' own lm(…).logits: each row of a `separate` batch, unpadded."""
         logps = []
         for tokens, segment in zip(batch.tokens, batch.segment, strict=True):
             tokens, n = tokens[segment >= 0], int((segment > 0).sum())
             logits = self._run(self.lm, tokens[None], logits_to_keep=n + 1).logits[0, :-1]
             logps.append(logits.float().log_softmax(-1).gather(1, tokens[-n:, None]).sum())
-        return Statistics(torch.stack(logps), batch.lengths)
+        return torch.stack(logps)
 
 
 # ---------------------------------------------------------------------------- the run proves itself
@@ -236,7 +232,8 @@ def audit(policy: Policy, pairs, *, k=50, **rows) -> dict:
     policy.eval()
     with torch.compiler.set_stance("force_eager"):
         alone = [collate(pairs, [i], layout="separate").to(device) for i in (longest, shortest)]
-        theirs = torch.stack([policy(one, plain=True)[0].logps for one in alone], 1).flatten()
+        # Of FSDP2's shards the root's are whole since `ours`, the layers gather theirs.
+        theirs = torch.stack([policy.plain_logps(one) for one in alone], 1).flatten()
     kind, limit = type(policy.lm).__name__, TOLERANCE[policy.dtype]
     theirs = F.pad(theirs, (0, len(ours.logps) - len(theirs)))  # SFT has no rejected ones
     # A mean, since in bf16 the rounding of one token's logit alone is up to 0.1.
