@@ -219,7 +219,7 @@ def audit(policy: Policy, pairs, *, k=50, **rows) -> dict:
         rows: layout and padding, as `data.collate` takes them.
     Returns:
         difference: Σ |log π(y|x) − that of lm(input_ids).logits| / Σ |y|, nats, over the four responses.
-        floor: D_FPO between both layouts of the same pairs: rounding, below which D says nothing.
+        floor: D_FPO that rounding makes (`noise_floor`), below which D says nothing.
         window: the sliding window if a pair is longer than it, else None.
     Raises:
         UserError: the difference is above TOLERANCE, or a second run gives other values (dropout, jitter).
@@ -251,18 +251,26 @@ def audit(policy: Policy, pairs, *, k=50, **rows) -> dict:
 
 @torch.no_grad()
 def noise_floor(policy: Policy, pairs, *, k=50, n=8, **rows) -> float | None:
-    """D_FPO between both layouts of `n` pairs: what rounding makes of no change at all.
+    """D_FPO between `n` pairs and the same, rounded otherwise: what there is of it where nothing is learned.
 
-    In float32 about 1e-10. In bf16 it can be a part of what training is to hold down; it falls with |y|.
+    The embeddings move by half a unit in the last place, up or down at random, so that all later roundings
+    fall anew, as they do when weights move. In float32 about 1e-10. In bf16 it can be a part of what
+    training is to hold down; it falls with |y|.
     """
     if not policy.saes:
         return None
+
+    def nudge(module, args, embedded):
+        up = torch.rand(embedded.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+        half = torch.finfo(policy.dtype).eps / 2
+        return embedded.float() * torch.where(up, 1 + half, 1 - half).to(embedded.device)
+
     indices = torch.linspace(0, len(pairs) - 1, min(n, len(pairs))).long().tolist()
-    shared, separate = (
-        policy(collate(pairs, indices, **rows | {"layout": layout}).to(policy.lm.device))[0].features
-        for layout in ("shared", "separate")
-    )
-    return feature_distance(shared, separate, k=k).mean().item()
+    batch = collate(pairs, indices, **rows).to(policy.lm.device)
+    features = policy(batch)[0].features
+    with policy.lm.get_input_embeddings().register_forward_hook(nudge):
+        again = policy(batch)[0].features
+    return feature_distance(again, features, k=k).mean().item()
 
 
 # ---------------------------------------------------------------------------- method -> loss
