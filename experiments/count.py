@@ -12,6 +12,7 @@ the card's memory. Bytes are counted in three ways:
 """
 
 from types import SimpleNamespace
+from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
 import torch
@@ -52,8 +53,11 @@ class Counter(TorchDispatchMode):
         super().__init__()
         self.widening, self.flops, self.eager, self.compiled = widening, 0, 0, 0
         self.run = 0  # the number of a run of operations between two products
-        self.made: dict = {}  # storage: the run that made it; None: a product, or it is written already
-        self.read: set = set()  # storages that this run has read
+        # Storages, held weakly, so that real tensors are let go as without the counter.
+        self.made: WeakKeyDictionary = (
+            WeakKeyDictionary()
+        )  # the run that made it; None: a product, or written
+        self.read: WeakSet = WeakSet()  # those that this run has read
 
     def so_far(self):
         """(3,) what was counted: FLOPs, bytes eager, bytes compiled."""
@@ -69,7 +73,7 @@ class Counter(TorchDispatchMode):
         sources = args[1:] if name == "copy_" else (args, kwargs)
         read, written = ([x for x in tree_leaves(part) if torch.is_tensor(x)] for part in (sources, out))
         if product:
-            self.run, self.read = self.run + 1, set()
+            self.run, self.read = self.run + 1, WeakSet()
             if func.overloadpacket in FLOPS:
                 self.flops += FLOPS[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
         else:
