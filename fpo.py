@@ -135,23 +135,19 @@ class Policy(nn.Module):
         """Keep π_ref, with the same SAEs: forward then gives its statistics and the KL. None: no more."""
         self.reference = () if reference is None else (reference.eval().requires_grad_(False),)
 
-    def _run(self, module, tokens, **options):
-        """lm or lm.model on rows of tokens. bf16 layers add to a float32 residual stream: that it is not
-        rounded as well halves D's noise."""
-        mixed, given = self.dtype == torch.bfloat16, {"input_ids": tokens}
-        if mixed:
-            given = {"inputs_embeds": self.lm.get_input_embeddings()(tokens).float()}
-        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=mixed):
-            return module(**given, **options, use_cache=False)
-
     def _read(self, batch):
         """(N, d) final states, (V, d) the head's weight and, per SAE, (N, d') sites; N as in Batch."""
         lm, hooks = self.lm, self._hooks
         mask = attention_mask(batch, lm.config.get_text_config(), lm.dtype)
         for hook in hooks:
             hook.enabled = True
-        rows = {"position_ids": batch.positions, "attention_mask": mask}
-        out = self._run(lm.model, batch.tokens, **rows).last_hidden_state  # (R, L, d), after the final norm
+        mixed, given = self.dtype == torch.bfloat16, {"input_ids": batch.tokens}
+        if mixed:  # bf16 layers add to a float32 residual stream: that it is not rounded too halves D's noise
+            given = {"inputs_embeds": lm.get_input_embeddings()(batch.tokens).float()}
+        with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=mixed):
+            out = lm.model(
+                **given, position_ids=batch.positions, attention_mask=mask, use_cache=False
+            ).last_hidden_state  # (R, L, d), after the final norm
         sites = [cast(torch.Tensor, hook.value).flatten(0, 1)[batch.state] for hook in hooks]
         for hook in hooks:  # a checkpointed block runs again in the backward, and must not capture then
             hook.enabled, hook.value = False, None
@@ -202,7 +198,7 @@ class Policy(nn.Module):
         logps = []
         for tokens, segment in zip(batch.tokens, batch.segment, strict=True):
             tokens, n = tokens[segment >= 0], int((segment > 0).sum())
-            logits = self._run(self.lm, tokens[None], logits_to_keep=n + 1).logits[0, :-1]
+            logits = self.lm(input_ids=tokens[None], use_cache=False, logits_to_keep=n + 1).logits[0, :-1]
             logps.append(logits.float().log_softmax(-1).gather(1, tokens[-n:, None]).sum())
         return torch.stack(logps)
 
@@ -253,8 +249,8 @@ def audit(policy: Policy, pairs, *, k=50, **rows) -> dict:
 def noise_floor(policy: Policy, pairs, *, k=50, n=8, **rows) -> float | None:
     """D_FPO between `n` pairs and the same, rounded otherwise: what there is of it where nothing is learned.
 
-    The embeddings move by half a unit in the last place, up or down at random, so that all later roundings
-    fall anew, as they do when weights move. In float32 about 1e-10. In bf16 it can be a part of what
+    The embeddings move by about a unit in the last place, at random, so that all later roundings fall anew,
+    as they do when weights move. In float32 about 1e-10. In bf16 it can be a part of what
     training is to hold down; it falls with |y|.
     """
     if not policy.saes:

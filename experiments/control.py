@@ -5,7 +5,7 @@
     python -m experiments.control --task no_length_norm --preset toy --out OUT    sums of log π, as in DPO
     python -m experiments.control --task no_sae --preset toy --alpha 0.2 --out OUT    D of the states
     python -m experiments.control --task polite --preset toy --alpha 10 --out OUT    a style's features alone
-    python -m experiments.control --task measure --preset toy --model OUT/model --json FILE
+    python -m experiments.control --task measure --preset toy --model OUT/model --reference SFT --json FILE
 
 All other flags are train.py's. The second trains with weight 1 on the features that tell A's responses from
 B's ({"prompt": …, "response": …} lines), and 0 on all others. Table 4: --lr 2e-5 --batch_size 64 --schedule
@@ -224,13 +224,16 @@ def main(argv=None):
     if not args.task and not args.responses:
         return reproduce.main(["control", *other_flags])
     config = train.parse_args(other_flags)
+    if args.task in ("measure", "styles") and not args.json:
+        raise data.UserError(f"--task {args.task}: --json is needed, the file to write")
+    data.start_processes()
+    train.make_toy_world(config)
     if args.task == "no_length_norm":
         return train.main(config, loss_function=loss_without_length_norm)
     if args.task == "no_sae":
         return train.main(config, loss_function=loss_of_states, encoders=[state_encoder(config)])
     if args.task in ("measure", "styles"):
         return data.write_json(args.json, measure(config) if args.task == "measure" else style_shares(config))
-    data.start_processes()  # so that rank 0 tokenises for all
     if args.responses:  # without a rejected one they are read as SFT's are
         tokenizer = data.load_tokenizer(config.model)
         configs = [dataclasses.replace(config, method="sft", dataset=source) for source in args.responses]

@@ -367,6 +367,8 @@ def ablation(args):
 
 def control(args):
     """Table 4 on the toy: D_FPO of a style's features alone, of as many by chance, of all, and of none."""
+    if args.preset != "toy":
+        raise data.UserError(f"control --preset {args.preset}: the styles are the toy's")
     sides = {"all": "fpo", "random": "random", "polite": "polite", "shout": "shout"}
     lines = [LINES["sft"], ("no constraint", "fpo", "--alpha 0", ())]
     lines += [(f"{name} features", method, "--alpha 10", ()) for name, method in sides.items()]
