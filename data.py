@@ -499,11 +499,13 @@ def stream(pairs: Pairs, groups, *, device, lookup=None, **rows):
     rows: layout and padding, as `collate` takes them.
     """
 
-    def ignore_signals(_):  # torchrun signals a rank's whole group, and the rank itself ends its loader
+    def ignore_signals(_):
+        """torchrun signals a rank's whole group, and the rank itself ends its loader."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
 
     def load(group):
+        """A micro-batch, and what is looked up for it."""
         batch = collate(pairs, group or [0], padding_pair=not group, **rows)
         return batch, None if lookup is None else lookup(batch.index)
 

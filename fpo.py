@@ -72,7 +72,10 @@ def attention_mask(batch: Batch, config, dtype):
     R, L = doc.shape
 
     def mask_of(window):
+        """The mask of layers with this sliding window, None: without one."""
+
         def visible(r, head, q, k):
+            """Whether query q of row r sees key k."""
             other = (segment[r, k] != 0) & (segment[r, k] != segment[r, q])
             see = (k <= q) & (doc[r, k] == doc[r, q]) & ~other
             return see if window is None else see & (position[r, q] - position[r, k] < window)
@@ -141,12 +144,16 @@ class Policy(nn.Module):
         mask = attention_mask(batch, lm.config.get_text_config(), lm.dtype)
         for hook in hooks:
             hook.enabled = True
-        mixed, given = self.dtype == torch.bfloat16, {"input_ids": batch.tokens}
-        if mixed:  # bf16 layers add to a float32 residual stream: that it is not rounded too halves D's noise
-            given = {"inputs_embeds": lm.get_input_embeddings()(batch.tokens).float()}
-        with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=mixed):
+        mixed = self.dtype == torch.bfloat16
+
+        def widen(module, args, embedded):
+            """bf16 layers add to a float32 residual stream: that it is not rounded too halves D's noise."""
+            return embedded.float() if mixed else embedded
+
+        autocast = torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=mixed)
+        with autocast, lm.get_input_embeddings().register_forward_hook(widen):
             out = lm.model(
-                **given, position_ids=batch.positions, attention_mask=mask, use_cache=False
+                input_ids=batch.tokens, position_ids=batch.positions, attention_mask=mask, use_cache=False
             ).last_hidden_state  # (R, L, d), after the final norm
         sites = [cast(torch.Tensor, hook.value).flatten(0, 1)[batch.state] for hook in hooks]
         for hook in hooks:  # a checkpointed block runs again in the backward, and must not capture then
@@ -214,7 +221,7 @@ def audit(policy: Policy, pairs, *, k=50, **rows) -> dict:
     Args:
         rows: layout and padding, as `data.collate` takes them.
     Returns:
-        difference: Σ |log π(y|x) − that of lm(input_ids).logits| / Σ |y|, nats, over the four responses.
+        difference: Σ |log π(y|x) − that of lm(input_ids).logits| / Σ |y| of a pair, nats, the larger of both.
         floor: D_FPO that rounding makes (`noise_floor`), below which D says nothing.
         window: the sliding window if a pair is longer than it, else None.
     Raises:
@@ -232,8 +239,9 @@ def audit(policy: Policy, pairs, *, k=50, **rows) -> dict:
         theirs = torch.stack([policy.plain_logps(one) for one in alone], 1).flatten()
     kind, limit = type(policy.lm).__name__, TOLERANCE[policy.dtype]
     theirs = F.pad(theirs, (0, len(ours.logps) - len(theirs)))  # SFT has no rejected ones
-    # A mean, since in bf16 the rounding of one token's logit alone is up to 0.1.
-    far = [(ours.logps - x).abs().sum() / ours.lengths.sum() for x in (again.logps, theirs)]
+    # Of a pair, as 8 tokens at least: in bf16 the rounding of a single logit is up to 0.1.
+    tokens = ours.lengths.view(2, -1).sum(0).clamp(min=8)
+    far = [((ours.logps - x).abs().view(2, -1).sum(0) / tokens).max() for x in (again.logps, theirs)]
     repeat, difference = torch.stack(far).tolist()
     if not repeat <= limit / 10:
         raise UserError(f"{kind}: two runs of one batch differ by {repeat:.2g} nats a token (dropout?)")
@@ -249,17 +257,20 @@ def audit(policy: Policy, pairs, *, k=50, **rows) -> dict:
 def noise_floor(policy: Policy, pairs, *, k=50, n=8, **rows) -> float | None:
     """D_FPO between `n` pairs and the same, rounded otherwise: what there is of it where nothing is learned.
 
-    The embeddings move by about a unit in the last place, at random, so that all later roundings fall anew,
-    as they do when weights move. In float32 about 1e-10. In bf16 it can be a part of what
-    training is to hold down; it falls with |y|.
+    The embeddings move by about their last bit, up or down at random, so that all later roundings fall anew,
+    as they do when weights move. In float32 about 1e-10. In bf16 it can be a part of what training is to hold
+    down; it falls with |y|.
     """
     if not policy.saes:
         return None
 
     def nudge(module, args, embedded):
-        up = torch.rand(embedded.shape, generator=torch.Generator().manual_seed(0)) < 0.5
-        half = torch.finfo(policy.dtype).eps / 2
-        return embedded.float() * torch.where(up, 1 + half, 1 - half).to(embedded.device)
+        """By half a unit of the products' dtype, at least by one of float32."""
+        tf32 = embedded.is_cuda and torch.backends.cuda.matmul.allow_tf32
+        unit = 2**-10 if tf32 else torch.finfo(policy.dtype).eps
+        step, generator = max(unit / 2, torch.finfo(torch.float32).eps), torch.Generator().manual_seed(0)
+        up = torch.rand(embedded.shape, generator=generator) < 0.5
+        return embedded.float() * torch.where(up, 1 + step, 1 - step).to(embedded.device)
 
     indices = torch.linspace(0, len(pairs) - 1, min(n, len(pairs))).long().tolist()
     batch = collate(pairs, indices, **rows).to(policy.lm.device)

@@ -73,8 +73,8 @@ class JumpReLUSAE(nn.Module):
             return c.float() @ self.W_dec + self.b_dec
 
     def _apply(self, fn, recurse=True):
-        # Every cast passes through here: devices may change, dtypes may not.
         def keep_float32(tensor):
+            """Every cast passes through here: devices may change, dtypes may not."""
             moved = fn(tensor)
             return moved if moved.dtype == torch.float32 else tensor.to(moved.device)
 

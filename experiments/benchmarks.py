@@ -93,6 +93,10 @@ def main(argv=None):
     args = parser.parse_args(argv)
     kind, out = args.kind, Path(args.out)
     data.check_output("out", out, folder=False)
+    if args.max_new_tokens < 1 or min(args.seed, args.temperature or 0) < 0:
+        refuse("--max_new_tokens: must be at least 1; --seed, --temperature: at least 0")
+    if out.suffix != (".json" if kind == "alpaca_eval" else ".jsonl"):
+        refuse(f"--out {out}: AlpacaEval reads a .json file, the others .jsonl")
     device, tokenizer = data.start_processes(), data.load_tokenizer(args.model)
     questions = read_questions(kind, args.questions)
     lm = train.load_lm(args.model, device, dtype=train.torch_dtype(train.Config(), device))

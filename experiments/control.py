@@ -222,6 +222,10 @@ def main(argv=None):
     """The toy's table; or one training of a variant; or measures of a model."""
     args, other_flags = parse_args(argv)
     if not args.task and not args.responses:
+        if args.criterion != "difference":
+            raise data.UserError(
+                f"--criterion {args.criterion}: it goes with --responses or a style's --task"
+            )
         return reproduce.main(["control", *other_flags])
     config = train.parse_args(other_flags)
     if args.task in ("measure", "styles") and not args.json:

@@ -54,10 +54,8 @@ class Counter(TorchDispatchMode):
         self.widening, self.flops, self.eager, self.compiled = widening, 0, 0, 0
         self.run = 0  # the number of a run of operations between two products
         # Storages, held weakly, so that real tensors are let go as without the counter.
-        self.made: WeakKeyDictionary = (
-            WeakKeyDictionary()
-        )  # the run that made it; None: a product, or written
-        self.read: WeakSet = WeakSet()  # those that this run has read
+        self.made: WeakKeyDictionary = WeakKeyDictionary()  # by which run; None: a product, or written
+        self.read: WeakSet = WeakSet()  # by this run
 
     def so_far(self):
         """(3,) what was counted: FLOPs, bytes eager, bytes compiled."""
@@ -117,9 +115,8 @@ def body_cost(config, tokens):
             place = torch.zeros(tokens.shape, dtype=torch.int64)
             masks = dict.fromkeys(("full_attention", "sliding_attention"))
             with Counter() as counter:
-                embedded = lm.get_input_embeddings()(
-                    place
-                ).float()  # as fpo.Policy: a float32 residual stream
+                # As in fpo.Policy: a float32 residual stream.
+                embedded = lm.get_input_embeddings()(place).float()
                 with torch.autocast("cpu", torch.bfloat16):
                     rows = {"inputs_embeds": embedded, "attention_mask": masks, "position_ids": place}
                     out = lm.model(**rows, use_cache=False)
@@ -157,7 +154,7 @@ def sae_cost(config, N, m, responses):
     d = config.hidden_size
     with FakeTensorMode(), Counter() as counter:
         sae = SimpleNamespace(W_enc=torch.empty(d, m), b_enc=torch.empty(m), threshold=torch.empty(m))
-        states, owner = torch.empty(N, d, dtype=torch.bfloat16), torch.zeros(N, dtype=torch.int64)
+        states, owner = torch.empty(N, d), torch.zeros(N, dtype=torch.int64)  # of the float32 stream
         scale.pooled_features(states, sae, owner, torch.ones(responses))
     return 2 * counter.so_far()
 

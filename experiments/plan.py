@@ -51,7 +51,7 @@ def plan(
     if held:  # FSDP2 divides the reference's layers, not its embedding
         resident["reference"] = 2 * E + 2 * (P - E) / parts
     if method == "fpo":  # encoder, which features are active (a byte each), the states that it read
-        resident["SAE"] = 4 * sae_width * d + N * (sae_width + 2 * d)
+        resident["SAE"] = 4 * sae_width * d + N * (sae_width + 4 * d)
     if fsdp:  # the embedding stays whole; of layers one, its gradient, and the next
         resident["in flight"] = 2 * E + 3 * 2 * layer
     # DDP's buckets hold all gradients, always; FSDP2's come layer by layer, the embedding's last.

@@ -448,7 +448,7 @@ def parse_args(argv=None):
     flag("--model", help="the SFT model that all start from (the preset's, made if missing)")
     flag("--seeds", type=int, nargs="+", help="(0 1 2; frontier 0)")
     flag("--samples", type=int, default=25, help="responses a prompt for the entropy (25)")
-    flag("--out", help="folder of all runs (runs/PRESET/reproduce)")
+    flag("--out", help="folder of all runs (runs/PRESET/reproduce, or control)")
     flag("--assets", default="assets", help="folder of results.json, tables and figures (assets)")
     args, args.train_flags = parser.parse_known_args(argv)
     is_toy = args.preset == "toy"
@@ -457,7 +457,8 @@ def parse_args(argv=None):
     args.python, args.at_once = "python" + many * (cards > 1), 1 if cards else 2  # a thread each
     args.seeds = args.seeds or ([0] if args.task == "frontier" else [0, 1, 2])
     args.eval_every = 200 if not is_toy else 10 if args.task == "frontier" else 25
-    args.out = args.out or f"runs/{args.preset}/reproduce"
+    # Control measures other things of the same settings: its runs are its own.
+    args.out = args.out or f"runs/{args.preset}/{'control' if args.task == 'control' else 'reproduce'}"
     args.start = args.model or ("runs/toy/model" if is_toy else f"runs/{args.preset}/sft/model")
     args.alpha = train.parse_args(["--preset", args.preset, "--model", args.start, *args.train_flags]).alpha
     return args

@@ -199,6 +199,7 @@ def draw(record):
 def main(argv=None):
     """Measure, write, print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.error = train.refuse
     parser.parse_args(argv)  # it has no flags but --help
     config, path = train.parse_args(RUN), Path("assets/theorem.json")
     found, page = bounds(config, states_of_run(config)) | data.made_by(), path.with_suffix(".md")
