@@ -19,6 +19,7 @@ After the transformer everything works on the N states that predict response tok
 and never the logits of all positions.
 """
 
+import warnings
 from typing import NamedTuple, cast
 
 import torch
@@ -38,8 +39,9 @@ CACHED = ("dpo", "fpo")  # the reference is read from Phase 1's cache
 NEEDED = ("tdpo1", "tdpo2", "simpo_kl")  # the reference stays in memory: a KL needs whole distributions
 PER_TOKEN = ("simpo", "simpo_kl", "fpo")  # the reward is divided by |y|
 
-# Nats a token by which our forward may differ from the model's own: rounding stays ten times below this.
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+# Nats a token by which our forward may differ from the model's own, by `machine_epsilon`, of float32, TF32
+# and bf16: rounding stays ten times below this.
+TOLERANCE = {2**-23: 1e-3, 2**-10: 0.0125, 2**-7: 0.1}
 
 
 class Statistics(NamedTuple):
@@ -168,8 +170,9 @@ class Policy(nn.Module):
     def _pool(self, sites, batch):
         """Features c̄ (Eq. 10) and mean ‖h‖² of each response, per SAE: ((2B, m), …), ((2B,), …)."""
         owner, lengths = batch.owner, batch.lengths
+        rounded = self.dtype == torch.bfloat16
         features = tuple(
-            pooled_features(h, sae, owner, lengths) for h, sae in zip(sites, self.saes, strict=True)
+            pooled_features(h, sae, owner, lengths, rounded) for h, sae in zip(sites, self.saes, strict=True)
         )
         mean = owner_matrix(owner, len(lengths), torch.float32) / lengths.clamp(min=1)[:, None]  # (2B, N)
         return features, tuple(mean @ h.detach().float().square().sum(-1) for h in sites)
@@ -233,11 +236,12 @@ def audit(policy: Policy, pairs, *, k=50, **rows) -> dict:
     policy.train()
     ours, again = policy(batch)[0], policy(batch)[0]
     policy.eval()
-    with torch.compiler.set_stance("force_eager"):
+    with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of flex_attention: not compiled, on purpose
         alone = [collate(pairs, [i], layout="separate").to(device) for i in (longest, shortest)]
         # Of FSDP2's shards the root's are whole since `ours`, the layers gather theirs.
         theirs = torch.stack([policy.plain_logps(one) for one in alone], 1).flatten()
-    kind, limit = type(policy.lm).__name__, TOLERANCE[policy.dtype]
+    kind, limit = type(policy.lm).__name__, TOLERANCE[machine_epsilon(policy)]
     theirs = F.pad(theirs, (0, len(ours.logps) - len(theirs)))  # SFT has no rejected ones
     # Of a pair, as 8 tokens at least: in bf16 the rounding of a single logit is up to 0.1.
     tokens = ours.lengths.view(2, -1).sum(0).clamp(min=8)
@@ -253,6 +257,12 @@ def audit(policy: Policy, pairs, *, k=50, **rows) -> dict:
     return {"difference": difference, "floor": noise_floor(policy, pairs, k=k, **rows), "window": tested}
 
 
+def machine_epsilon(policy) -> float:
+    """From 1 to the next number that the factors of the policy's products can be."""
+    rounded = policy.lm.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
+    return 2**-10 if rounded and policy.dtype == torch.float32 else torch.finfo(policy.dtype).eps
+
+
 @torch.no_grad()
 def noise_floor(policy: Policy, pairs, *, k=50, n=8, **rows) -> float | None:
     """D_FPO between `n` pairs and the same, rounded otherwise: what there is of it where nothing is learned.
@@ -265,10 +275,8 @@ def noise_floor(policy: Policy, pairs, *, k=50, n=8, **rows) -> float | None:
         return None
 
     def nudge(module, args, embedded):
-        """By half a unit of the products' dtype, at least by one of float32."""
-        tf32 = embedded.is_cuda and torch.backends.cuda.matmul.allow_tf32
-        unit = 2**-10 if tf32 else torch.finfo(policy.dtype).eps
-        step, generator = max(unit / 2, torch.finfo(torch.float32).eps), torch.Generator().manual_seed(0)
+        """By half of what products are rounded by, at least by float32's last bit."""
+        step, generator = max(machine_epsilon(policy) / 2, 2**-23), torch.Generator().manual_seed(0)
         up = torch.rand(embedded.shape, generator=generator) < 0.5
         return embedded.float() * torch.where(up, 1 + step, 1 - step).to(embedded.device)
 

@@ -51,7 +51,7 @@ def reference_identity(policy: Policy, pairs: data.Pairs, *, weights: str, arith
     # Softcap, window, RoPE, epsilon: what the weights alone don't tell.
     config = json.loads(json.dumps(policy.lm.config.to_diff_dict(), default=str))
     config = {name: config[name] for name in sorted(config) if name[0] != "_" and name not in NO_MATTER}
-    identity = {"version": 4, "tokens": pairs.digest(), "weights": weights, "config": config, "saes": saes}
+    identity = {"version": 5, "tokens": pairs.digest(), "weights": weights, "config": config, "saes": saes}
     identity |= {"dtype": str(policy.lm.dtype), "attention": policy.lm.config._attn_implementation}
     return identity | arithmetic
 

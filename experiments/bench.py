@@ -10,11 +10,12 @@ layers are compiled. Steps take turns (A B C, A B C, …): a figure is the media
 median of the rounds' ratios, so that it holds on a busy machine too.
 
 Memory: the peak within a step, of the allocator on CUDA, else of the resident set, above what the process
-held before it made the model. Each step has a process of its own: an allocator keeps what another one left.
+held before it made the model. On the CPU each step has its own process: an allocator keeps what another left.
 """
 
 import argparse
 import contextlib
+import gc
 import multiprocessing
 import os
 import tempfile
@@ -91,7 +92,7 @@ def parse_args(argv=None):
 def make_lm(args):
     """A model of the shape with random weights, on the device; bf16 on CUDA."""
     torch.manual_seed(0)
-    with torch.device("cuda" if CUDA else "cpu"):
+    with data.start_processes():
         return AutoModelForCausalLM.from_config(args.config, dtype=torch.bfloat16 if CUDA else torch.float32)
 
 
@@ -152,7 +153,7 @@ def make_steps(args, policies):
         if (norm := scale.gradient_norm(parameters).item()) > 1:
             scale.scale_gradients_(parameters, 1 / (norm + 1e-6))
         optimizer.step()
-        lm.zero_grad()
+        lm.zero_grad(set_to_none=not CUDA)  # DDP's buckets keep a card's memory for them
 
     return {method: partial(take_step, method) for method in policies}
 
@@ -235,6 +236,15 @@ def measure(args, names, rounds):
     return times, peak - before, counter and counter.flops
 
 
+def measure_alone(args, names, rounds):
+    """`measure` in a process of its own; on CUDA in this one, where the allocator counts exactly."""
+    if CUDA:
+        gc.collect()
+        return measure(args, names, rounds)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as new_process:
+        return new_process.submit(measure, args, names, rounds).result()
+
+
 def print_rows(title, rows):
     """Dicts of equal keys as a table."""
     print(f"\n{title}\n" + "".join(f"{name:>16}" for name in rows[0]))
@@ -253,9 +263,8 @@ def methods_table(args):
     names, rows = ["dpo", args.peer] if args.peer else args.methods, []
     if args.peer:  # big tensors stay in malloc's heap: else page faults decide, and most of them are TRL's
         os.environ |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as new_process:
-        alone = {name: new_process.submit(measure, args, [name], 1).result()[1:] for name in names}
-        times = new_process.submit(measure, args, names + ["product"] * (not CUDA), args.rounds).result()[0]
+    alone = {name: measure_alone(args, [name], 1)[1:] for name in names}
+    times = measure_alone(args, names + ["product"] * (not CUDA), args.rounds)[0]
     work, first = 6 * parameters_of(args.config)[0] * all_pairs(args).tokens.numel(), names[0]
     for name in names:
         s, (peak, flops) = np.median(times[name]), alone[name]
@@ -285,8 +294,10 @@ def count_table(args):
 
 def reference_pass(args):
     """Phase 1 against a bare forward (log π alone, without the SAE) of the same batches."""
-    policies, n, lookups = make_policies(args, ["simpo", "fpo"]), 4 * args.pairs, []
+    policies, lookups = make_policies(args, ["simpo", "fpo"]), []
+    n = args.pairs * (32 if CUDA else 4)
     steps, pairs = make_steps(args, policies), make_pairs(args, n)
+    identity = offline.reference_identity(policies["fpo"], pairs, weights="", arithmetic={})
     groups = data.micro_batches(range(n), pairs.row_lengths(args.rows["layout"]), 1, max_pairs=16)
 
     @torch.no_grad()
@@ -299,7 +310,6 @@ def reference_pass(args):
     def build_and_read():
         """Phase 1 of all pairs; how long the cache then takes for a step's goes into `lookups`."""
         with tempfile.TemporaryDirectory() as folder:
-            identity = offline.reference_identity(policies["fpo"], pairs, weights="", arithmetic={})
             cache = offline.build_reference(policies["fpo"], pairs, folder, identity, **args.rows)
             lookups.append(seconds(partial(cache.lookup, torch.arange(args.pairs))))
 

@@ -27,8 +27,8 @@ import scale
 from experiments.plan import parameters_of
 from fpo import NEEDED, attention_mask
 
-# The makers' figures: FLOP/s of dense bf16 products, and of float32 ones (not TF32); bytes/s of the memory.
-CARDS = {"H100": {"bfloat16": 989e12, "float32": 67e12, "memory": 3.35e12}}
+# The makers' figures: FLOP/s of dense products in bf16, and in TF32 for the SAE; bytes/s of the memory.
+CARDS = {"H100": {"bfloat16": 989e12, "tf32": 494e12, "memory": 3.35e12}}
 CARDS |= {"H200": CARDS["H100"] | {"memory": 4.8e12}}
 WAYS = ("eager", "compiled", "fused")
 # By these ways, bytes a bf16 parameter that clip and update move: an operation at a time as in commit d6594d8
@@ -185,7 +185,7 @@ def tables(args, batch, method) -> dict:
         row = {"part": part, "TFLOP": flops / 1e12, "/ 6NT": flops / (6 * NT), "/ 8NT": flops / (8 * NT)}
         parts.append(row | {f"GB {way}": size / 1e9 for way, size in zip(WAYS, ways, strict=True)})
     for name, card in CARDS.items():
-        speeds = {part: card["float32" if part == "SAE" else "bfloat16"] for part in costs}
+        speeds = {part: card["tf32" if part == "SAE" else "bfloat16"] for part in costs}
         products = sum(cost[0] / speeds[part] for part, cost in costs.items())
         for way, moved in zip(WAYS, total[1:], strict=True):
             s = products + moved / card["memory"]

@@ -54,7 +54,7 @@ def nudge(lm, scale=0.02, seed=1):
 
 def make_sae(seed=0, d=D, m=M):
     """A random SAE with about a tenth of its features active on the tiny model's states."""
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator(torch.get_default_device()).manual_seed(seed)
     W_enc = torch.randn(d, m, generator=g) / d**0.5
     threshold = 0.5 + torch.rand(m, generator=g)
     b_enc = 0.1 * torch.randn(m, generator=g)
@@ -144,10 +144,11 @@ class Evil:
 def start(folder, *words, ranks=1, options=()):
     """A process of python, as a user starts it; by torchrun where there are several ranks, or its options."""
     torchrun = ["-m", "torch.distributed.run", *(options or ["--standalone"]), "--nproc_per_node", str(ranks)]
+    path = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
     return subprocess.Popen(
         [sys.executable, *(torchrun if ranks > 1 or options else []), *map(str, words)], cwd=folder,
         text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
     )  # fmt: skip
 
 
