@@ -119,6 +119,7 @@ class _TokenStatistics(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, states, weight, targets, softcap, ref_states, ref_weight, chunk, entropy, fused):
+        """(N,) log π(token), KL, log π_ref(token), entropy: running sums over slices of `chunk` logits."""
         wide = torch.promote_types(torch.float32, states.dtype)
         zero = torch.zeros(len(states), dtype=wide, device=states.device)  # (N,)
         sums, ref_sums = ((zero - torch.inf, zero + 0, zero + 0, zero + 0) for _ in range(2))  # see `_fold`
@@ -145,6 +146,7 @@ class _TokenStatistics(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g_logp, g_kl, *_):
+        """Gradients of states (N, d) and weight (V, d), from those of log π(token) and KL, (N,) each."""
         states, weight, targets, ref_states, ref_weight, logsumexp, ref_logsumexp = ctx.saved_tensors
         d_states = torch.zeros_like(states, dtype=logsumexp.dtype)  # a sum over all slices: float32
         d_weight = torch.empty_like(weight)
@@ -197,6 +199,7 @@ class _PooledFeatures(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, states, W_enc, b_enc, threshold, mean, chunk, rounded):
+        """(responses, m), features averaged by the weights `mean` (responses, N)."""
         pooled = torch.zeros(len(mean), W_enc.shape[1], dtype=W_enc.dtype, device=states.device)
         kept = []
         for i in range(0, len(states), chunk):
@@ -212,6 +215,7 @@ class _PooledFeatures(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
+        """The gradient of states (N, d), from that of the averages (responses, m)."""
         W_enc, mean, *kept = ctx.saved_tensors
         if not g.is_cuda:  # where counting waits for nothing
             # D_FPO sends gradients to at most 2 k features of a response, so most columns may be left out.
@@ -298,8 +302,8 @@ class ExactOptimizer(torch.optim.Optimizer):
 
     Fused, a product and a sum are rounded once. On the CPU, after 200 steps at lr 5e-7, this leaves 0.6 % of
     the masters (RMSprop: 0.4 %) up to 0.0075 lr, 2 units of `rest`, from the unfused ones; bf16 weights are
-    still exactly `split` of fused float32 ones, and no update is lost. So on an H100 (a million weights, 0.6
-    and 0.9 %, up to 0.015 lr), where sizes are multiples of 16; at others RMSprop's last bits may differ.
+    still exactly `split` of fused float32 ones, and no update is lost. So were a
+    million weights on an H100, 0.6 % (0.9 %) up to 0.015 lr from torch's; of 4,500, RMSprop's were not.
 
     State of a parameter, in its shape (a DTensor's: the local shard): exp_avg and exp_avg_sq, or square_avg,
     float32; for bf16 rest, int16; for Adam step, int64 on the CPU. With the weights they make a resume exact.

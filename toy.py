@@ -250,12 +250,14 @@ class JumpReLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, z, theta, epsilon):
+        """c and H, (n, m) each."""
         ctx.save_for_backward(z, theta)
         ctx.epsilon = epsilon
         return torch.where(z > theta, z, 0.0), (z > theta).float()
 
     @staticmethod
     def backward(ctx, grad_c, grad_active):
+        """Gradients of z (n, m) and θ (m,)."""
         z, theta = ctx.saved_tensors
         near = (z - theta).abs() < ctx.epsilon / 2
         grad_theta = torch.where(near, theta * grad_c + grad_active, 0.0).sum(0) / -ctx.epsilon

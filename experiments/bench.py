@@ -92,7 +92,8 @@ def parse_args(argv=None):
 def make_lm(args):
     """A model of the shape with random weights, on the device; bf16 on CUDA."""
     torch.manual_seed(0)
-    with data.start_processes():
+    device = data.start_processes()  # on CUDA also the compiler's limits, as train.py has them
+    with device:
         return AutoModelForCausalLM.from_config(args.config, dtype=torch.bfloat16 if CUDA else torch.float32)
 
 

@@ -93,8 +93,9 @@ def main(argv=None):
     args = parser.parse_args(argv)
     kind, out = args.kind, Path(args.out)
     data.check_output("out", out, folder=False)
-    if args.max_new_tokens < 1 or min(args.seed, args.temperature or 0) < 0:
-        refuse("--max_new_tokens: must be at least 1; --seed, --temperature: at least 0")
+    for name, low in (("max_new_tokens", 1), ("seed", 0), ("temperature", 0)):
+        if (value := getattr(args, name)) is not None and value < low:
+            refuse(f"--{name} {value}: must be at least {low}")
     if out.suffix != (".json" if kind == "alpaca_eval" else ".jsonl"):
         refuse(f"--out {out}: AlpacaEval reads a .json file, the others .jsonl")
     device, tokenizer = data.start_processes(), data.load_tokenizer(args.model)

@@ -208,6 +208,7 @@ def style_shares(config) -> dict:
 def parse_args(argv=None):
     """(our flags, the words that are train.py's, or reproduce.py's)."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.error = train.refuse
     flag, variants = parser.add_argument, ("no_length_norm", "no_sae", "random", *toy.STYLES)
     flag(
         "--task", choices=(*variants, "measure", "styles"), help="what to train or to measure; none: Table 4"
@@ -223,9 +224,7 @@ def main(argv=None):
     args, other_flags = parse_args(argv)
     if not args.task and not args.responses:
         if args.criterion != "difference":
-            raise data.UserError(
-                f"--criterion {args.criterion}: it goes with --responses or a style's --task"
-            )
+            train.refuse(f"--criterion {args.criterion}: it needs --responses or a style as --task")
         return reproduce.main(["control", *other_flags])
     config = train.parse_args(other_flags)
     if args.task in ("measure", "styles") and not args.json:

@@ -8,7 +8,7 @@ from conftest import make_lm
 from test_eval import make_tokenizer
 
 from data import UserError
-from experiments import benchmarks
+from experiments import benchmarks, control
 
 ALPACA = [{"instruction": "w10 w9", "output": "theirs", "generator": "other", "dataset": "koala"}]
 ARENA = [{"uid": "a1", "category": "math", "prompt": "w20 w21"}, {"uid": "a2", "prompt": "w22"}]
@@ -87,3 +87,18 @@ def test_questions_that_are_none(answers):
     ):
         with pytest.raises(UserError, match=rf"q\.json.*record 1.*{kind}.*{what}"):
             answers[1](kind, [record])
+
+
+@pytest.mark.parametrize("flags", ["--seed -1", "--max_new_tokens 0", "--temperature -0.5", "--out a.txt"])
+def test_wrong_values_are_named_before_the_model_is_read(flags, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = f"--kind mt_bench --model nowhere --questions none.json --out a.jsonl {flags}"
+    with pytest.raises(UserError, match=flags):
+        benchmarks.main(words.split())
+
+
+@pytest.mark.parametrize("flags", ["--criterion token", "--task measure", "--criterion odd"])
+def test_control_names_what_does_not_go_together(flags, monkeypatch):
+    monkeypatch.setattr(control.reproduce, "main", print)  # nothing runs
+    with pytest.raises(UserError, match=flags if "odd" not in flags else "odd.*difference.*token"):
+        control.main([*flags.split(), *([] if "criterion" in flags else ["--preset", "toy"])])

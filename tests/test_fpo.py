@@ -3,6 +3,7 @@
 import copy
 import inspect
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import losses
 import offline
 from data import Pairs, UserError, collate, load_pairs, load_tokenizer
 from sae import load_sae
+from scale import tf32
 
 LAYERS = (1, 3)
 
@@ -190,6 +192,17 @@ def test_cache_identity(reference, saes):
         assert identity_of(other, pairs) != home, name
 
 
+def test_digest_tells_names_shapes_and_types_apart():
+    x, y = torch.arange(4), torch.ones(4).long()
+    home, others = (
+        {"a": x, "b": y},
+        ({"a": y, "b": x}, {"a": x.view(2, 2), "b": y}, {"a": x.double(), "b": y}),
+    )
+    assert offline.digest(home) == offline.digest({"b": y, "a": x})
+    assert offline.digest(home) not in [offline.digest(other) for other in others]
+    assert offline.digest({"a": y}) != offline.digest({"a": y.view(torch.float64)})  # the same bytes
+
+
 # ---- models that can't be trained this way
 def test_models_that_do_not_fit(reference):
     """One line each: attention's kind, a head's bias, another name for the body, layers of another kind."""
@@ -262,6 +275,17 @@ def test_bf16_weights_have_a_float32_residual_stream(world):
     assert 0 < near < 0.7 * far
     policy.dtype = torch.bfloat16  # the floor that the audit prints agrees with this count
     assert near / 2 < fpo.noise_floor(policy, pairs, layout="shared") < 2 * near
+
+
+def test_rounding_of_products():
+    """The distance from 1 to the next number of 23, 10 and 7 bits; TF32 is a card's."""
+    for dtype, device, allowed, bits in (
+        (torch.float32, "cuda", False, 23), (torch.float32, "cuda", True, 10),
+        (torch.float32, "cpu", True, 23), (torch.bfloat16, "cuda", True, 7),
+    ):  # fmt: skip
+        policy = SimpleNamespace(dtype=dtype, lm=SimpleNamespace(device=torch.device(device)))
+        with tf32(allowed):
+            assert fpo.machine_epsilon(policy) == 2**-bits and 2**-bits in fpo.TOLERANCE
 
 
 # ---- scores

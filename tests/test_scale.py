@@ -126,6 +126,30 @@ def test_pooled_features_against_the_kept_ones(features, dtype, monkeypatch):
     torch.testing.assert_close(grad, h.grad, atol=1e-6, rtol=1e-5 if dtype == FLOAT32 else 2**-7)
 
 
+class Rounding(TorchDispatchMode):
+    """Of each product, whether a card would round its factors to TF32."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket.__name__ in ("mm", "addmm", "addmm_"):
+            self.seen.append(torch.backends.cuda.matmul.allow_tf32)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("everywhere", [False, True])  # as --dtype tf32 has it
+@pytest.mark.parametrize("rounded", [False, True])
+def test_tf32_is_for_the_saes_two_large_products(rounded, everywhere):
+    sae, h = make_sae(), torch.randn(6, 32, requires_grad=True)
+    with scale.tf32(everywhere), Rounding() as mode:
+        scale.pooled_features(h, sae, torch.zeros(6).long(), torch.tensor([6]), rounded).sum().backward()
+    # Encoded, pooled; the pooling's gradient, the encoder's.
+    assert mode.seen == [rounded or everywhere, everywhere, everywhere, rounded or everywhere]
+    assert not torch.backends.cuda.matmul.allow_tf32
+
+
 # ---------------------------------------------------------------------------- float32 in two halves
 def test_split_by_hand():
     # bf16 keeps 8 bits of the significand: above 1 its values are 2^-7 apart; 1 + 2^-8 is halfway.
