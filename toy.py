@@ -26,7 +26,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from tqdm import tqdm
 from transformers import Gemma2Config, Gemma2ForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
-from data import Pairs, UserError, check_output, collate, run_script, write_json
+from data import GEMMA_TURNS, Pairs, UserError, check_output, collate, run_script, write_json
 from sae import JumpReLUSAE, SiteHook
 
 SIZES = {"documents": 2600, "sft": 3600, "train": 2400, "test": 400, "test_prompts": 160}
@@ -158,16 +158,6 @@ def make_document(rng):
 
 # ---------------------------------------------------------------------------- the tokenizer
 SPECIAL = {0: "<pad>", 1: "<eos>", 2: "<bos>", 3: "<unk>", 106: "<start_of_turn>", 107: "<end_of_turn>"}
-TEMPLATE = """{{ bos_token }}
-{%- for message in messages %}
-    {%- if message.role == "system" %}{{ raise_exception("System role not supported") }}{% endif %}
-    {%- if message.role != ["user", "assistant"][loop.index0 % 2] %}
-        {{- raise_exception("Roles must alternate: user, assistant, user, ...") }}
-    {%- endif %}
-    {{- "<start_of_turn>" + ("model" if message.role == "assistant" else "user") + "\\n" }}
-    {{- message.content | trim + "<end_of_turn>\\n" }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ "<start_of_turn>model\\n" }}{% endif %}"""
 
 
 def make_tokenizer(texts):
@@ -187,7 +177,7 @@ def make_tokenizer(texts):
     tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
     options = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
     options |= {"additional_special_tokens": ["<start_of_turn>", "<end_of_turn>"], "padding_side": "left"}
-    options |= {"clean_up_tokenization_spaces": False, "chat_template": TEMPLATE}
+    options |= {"clean_up_tokenization_spaces": False, "chat_template": GEMMA_TURNS}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options)
 
 

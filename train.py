@@ -535,14 +535,10 @@ def load_state(out, policy, optimizer):
 
 
 def cut_metrics(path, step: int):
-    """Keep metrics.jsonl's lines up to `step`: none lost, none doubled."""
-    kept = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            kept += [line + "\n"] if json.loads(line)["step"] <= step else []
-        except (ValueError, KeyError):  # the line that a kill cut short
-            continue
-    data.write_text(path, "".join(kept))
+    """Keep metrics.jsonl's lines up to `step`: none lost, none doubled. A kill may have cut the last one."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    whole = (line for line in lines if line.endswith("\n"))
+    data.write_text(path, "".join(line for line in whole if json.loads(line)["step"] <= step))
 
 
 class StopSignal:

@@ -10,7 +10,6 @@ import io
 import json
 import re
 import shlex
-import shutil
 import statistics
 import sys
 from pathlib import Path
@@ -177,13 +176,12 @@ def test_snippet_runs():
     assert float(re.search(r"[\d.]+", out.getvalue())[0]) == pytest.approx(0.6758, abs=1e-4)
 
 
-def test_any_model_in_three_commands(world, tmp_path):
+def test_any_model_in_three_commands(folder):
     """An SAE, FPO, scores: the README's commands with fewer steps, on the toy's files under other names."""
     from conftest import finish, start
 
-    shutil.copytree(world / "model", tmp_path / "MODEL")
-    for name, copied in (("train", "pairs"), ("test", "held_out")):
-        shutil.copy(world / f"{name}.jsonl", tmp_path / f"{copied}.jsonl")
+    for old, new in {"model": "MODEL", "train.jsonl": "pairs.jsonl", "test.jsonl": "held_out.jsonl"}.items():
+        (folder / new).symlink_to(folder / "runs/toy" / old)
     shorter = {"train_sae": "--width 128 --steps 200 --tokens 4000", "fpo": "--steps 3 --eval_every 0"}
     shorter |= {"eval_diversity.py": "--samples 1 --prompts 3 --bootstrap 0"}
     commands = [
@@ -193,7 +191,7 @@ def test_any_model_in_three_commands(world, tmp_path):
     for command, (what, flags) in zip(commands, shorter.items(), strict=True):
         assert what in command
         words = [str(ROOT / word) if word.endswith(".py") else word for word in shlex.split(command)[1:]]
-        out = finish(start(tmp_path, *words, *flags.split()))
+        out = finish(start(folder, *words, *flags.split()))
     scores = dict(re.findall(r"^(\w+) +(\S+)", out, flags=re.M))
     assert float(scores["mse_rejected"]) > 0 and 0 < float(scores["reward_accuracy"]) < 1
 

@@ -12,7 +12,6 @@
 | a shard cut, flipped, missing, a pickle | it alone is made again | test_broken_shards |
 | a byte flips between start and use | stops, named; made again next | test_byte_flips_after_the_start |
 | two processes build one cache | the second waits, both are whole | test_two_processes_one_cache |
-| kill -9 of a rank | the others end, torchrun names it | test_a_dead_rank_is_named |
 | one rank sees a NaN | all stop, the step and its pairs are named | test_two_ranks_decide_alike |
 | kill -9 under --max_restarts 1 | the same bits | test_restarted_by_torchrun |
 | two torchruns, as on two machines | the same losses | test_two_agents |
@@ -169,7 +168,7 @@ def kill_and_resume(folder, moments, seed):
 
 
 def test_killed_at_any_moment(folder):
-    kill_and_resume(folder, MOMENTS, seed=0)
+    kill_and_resume(folder, MOMENTS[:3], seed=0)
 
 
 @pytest.mark.kill
@@ -177,13 +176,12 @@ def test_killed_twenty_times(folder):
     kill_and_resume(folder, MOMENTS * 4, seed=1)
 
 
-@pytest.mark.parametrize("loaders", [0, 1])
-def test_sigterm_saves_and_leaves(folder, loaders):
+def test_sigterm_saves_and_leaves(folder):
     """SIGTERM to a rank's whole group, as torchrun sends it, the process that makes batches included (CUDA's
     only): status 0, a state; --resume ends with the same bits.
     """
     run("--out", "whole")
-    code = f"import data, train; data.LOADERS['cpu'] = {loaders}; data.run_script(train.main)"
+    code = "import data, train; data.LOADERS['cpu'] = 1; data.run_script(train.main)"
     process = start(folder, "-c", code, *RUN, "--out", "cut", "--resume")
     while not lines_of("cut"):
         assert process.poll() is None, process.communicate()[0]
@@ -390,15 +388,6 @@ def kill_rank(process, rank, run, after):
     wanted = f"\0RANK={rank}\0"
     (victim,) = (pid for pid in ranks_of(process) if wanted in Path(f"/proc/{pid}/environ").read_text())
     os.kill(victim, signal.SIGKILL)
-
-
-def test_a_dead_rank_is_named(folder):
-    """The other rank ends with it, and torchrun says which one was first."""
-    process = torchrun(folder, "--steps", "500", "--out", "cut")
-    kill_rank(process, 1, "cut", after=2)
-    out = finish(process, status=1)
-    assert re.search(r"rank +: 1 .*\n.*exitcode +: -9 .*SIGKILL", out[out.index("Root Cause") :]), out[-9000:]
-    assert not Path("cut/model").exists()
 
 
 RANKS = """

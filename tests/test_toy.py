@@ -102,9 +102,8 @@ def test_ids_and_chat_template_are_gemmas_and_a_word_is_one_piece(tokenizer, tex
         "<bos><start_of_turn>user\nname two birds<end_of_turn>\n<start_of_turn>model\nowl<end_of_turn>\n"
         "<start_of_turn>user\nmore<end_of_turn>\n<start_of_turn>model\n"
     )
-    for bad in ([{"role": "system", "content": "x"}], chat[1:], [chat[0], chat[0]]):
-        with pytest.raises(TemplateError):
-            tokenizer.apply_chat_template(bad, tokenize=False)
+    with pytest.raises(TemplateError):
+        tokenizer.apply_chat_template([{"role": "system", "content": "x"}], tokenize=False)
 
 
 # ---------------------------------------------------------------------------- the training loops

@@ -1,7 +1,6 @@
 """The real scripts on the toy world: settings, ranks, every method, errors, and what is left at the end."""
 
 import json
-import re
 import subprocess
 
 import pytest
@@ -232,13 +231,6 @@ def test_wrong_values_end_before_a_model_is_loaded(folder, monkeypatch, flags, s
     with pytest.raises(UserError, match=says) as error:
         run("--preset", "toy", *flags)
     assert "\n" not in str(error.value)
-
-
-def test_an_error_is_one_line_for_all_ranks(folder):
-    """Rank 0 alone says it, without a traceback; torchrun's own report follows."""
-    out = finish(start(folder, ROOT / "train.py", "--preset", "toy", "--sae_layer", "9", ranks=2), status=1)
-    assert len(re.findall(r"^error: .*no layer 9", out, flags=re.M)) == 1
-    assert out.count("Traceback") == 1 and "ChildFailedError" in out  # torchrun's own
 
 
 # ---- models and references that do not fit
