@@ -183,7 +183,8 @@ def collect(folder: str) -> dict:
             held_out |= {step["step"]: found} if found else {}
         held_out[steps[-1]["step"]] = ends["after"]
         curve = [{"step": step, **found} for step, found in held_out.items()]
-    return run | {"scores": scores, "curve": curve}
+    floor = (config.get("audit", {}).get("floor") or 0) / statistics.mean(config.get("units") or [1])
+    return run | {"scores": scores, "curve": curve, "floor": floor}  # D_FPO that rounding makes
 
 
 def values_of(rows: list[dict], name: str, key: str) -> list[float]:
@@ -246,6 +247,9 @@ def draw_curves(rows, key: str, what: str):
             curves = [row["curve"] for row in rows if row["name"] == name]
             values = [[point[f"{key}_{side}"] for point in curve] for curve in curves]
             lines[name] = [point["step"] for point in curves[0]], values
+        floor = max(row.get("floor", 0) for row in rows)
+        if key == "mse" and side != "margin" and floor > 0:
+            lines["rounding alone"] = [0, max(point["step"] for point in curves[0])], [[floor, floor]]
         panels.append((side, "training step", "|β D(y_l) − β D(y_w)|" if side == "margin" else what, lines))
     return draw(panels)
 

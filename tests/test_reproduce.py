@@ -49,7 +49,8 @@ def test_collect_reads_scores_time_and_the_curve(tmp_path):
     steps[3] |= {"eval_kl_rejected": 7.0}
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
     files = {"scores": {"before": {"kl_rejected": 0.0}, "after": {"kl_rejected": 9.0}}}
-    files |= {"scored": {"entropy": 1.5, "train": {"accuracy": 0.925}}, "config": {"batch_size": 32}}
+    files |= {"scored": {"entropy": 1.5, "train": {"accuracy": 0.925}}}
+    files |= {"config": {"batch_size": 32, "units": [3.0, 5.0], "audit": {"floor": 0.2}}}
     files |= {"measured": {"l0": 9.0, "feature_change": [1.0]}, "run": {"name": "fpo", "seconds": 3.0}}
     for name, value in files.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(value))
@@ -57,6 +58,7 @@ def test_collect_reads_scores_time_and_the_curve(tmp_path):
     scores = {"l0": 9.0, "train_accuracy": 0.925, "train_seconds": 40.0}  # 20 · 32 / 16
     assert row["scores"] == files["scored"] | scores and (row["name"], row["seconds"]) == ("fpo", 3.0)
     assert [(p["step"], p["kl_rejected"]) for p in row["curve"]] == [(0, 0.0), (4, 7.0), (20, 9.0)]
+    assert row["floor"] == 0.05  # in the run's units, 4 on average
 
 
 # ---------------------------------------------------------------------------- runs
@@ -180,6 +182,13 @@ def test_curves_are_means_over_seeds_and_a_figure_is_the_same_each_time(tmp_path
     assert drawn[0] == drawn[1] and drawn[0].startswith(b"<?xml")
     lines = [next(line for line in ax.lines if line.get_label() == "FPO") for ax in figure.axes]
     assert [line.get_ydata()[1] for line in lines] == pytest.approx([2.0, 8.0, 0.8])
+    D = [
+        row | {"curve": [{n.replace("kl", "mse"): v for n, v in p.items()} for p in row["curve"]]}
+        for row in rows
+    ]
+    (chosen, _, margin) = reproduce.draw_curves([*D[1:], D[0] | {"floor": 0.25}], "mse", "D_FPO").axes
+    (line,) = (line for line in chosen.lines if line.get_label() == "rounding alone")
+    assert line.get_ydata().tolist() == [0.25, 0.25] and len(margin.lines) == len(chosen.lines) - 1
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["ablation"] == [1] and results["comparison"]["rows"] == rows
     assert (tmp_path / "comparison.md").read_text() == "**Table**\n\n| x |\n"
