@@ -26,46 +26,48 @@ GEMMA_2["gemma-2-9b"] |= {"num_hidden_layers": 42, "num_attention_heads": 16, "n
 CARDS = {"A100 40 GB": 42.4, "H100 80 GB": 85.0, "H200": 149.0}  # GB of 1e9 bytes that programs can use
 RESERVE = 1.5  # GB of CUDA's context, of NCCL, and lost to gaps: an estimate
 WAYS = {"": {}, " --shard fsdp": {"shard": "fsdp"}}
-WAYS[" --no_activation_checkpointing"] = {"checkpointing": False}
+WAYS |= {" --no_activation_checkpointing": {"checkpointing": False}, " --dtype tf32": {"size": 4}}
+WAYS[" --dtype tf32 --shard fsdp"] = {"size": 4, "shard": "fsdp"}
 
 
 def plan(
     config, *, method, rule, tokens, ranks=4, shard="states", checkpointing=True, response_share=0.75,
-    row_tokens=1024, sae_width=16384,
+    row_tokens=1024, sae_width=16384, size=2,
 ):  # fmt: skip
-    """GB that a rank needs at its peak, computing in bf16; no weight is made.
+    """GB that a rank needs at its peak; no weight is made.
 
     Args:
         config: Gemma-2's; eager attention keeps its scores, flex_attention none.
         method, rule, shard: train.py's --method, --optimizer, and --shard states or fsdp.
         tokens: of the step's only micro-batch, in rows of row_tokens; response_share predict responses.
+        size: bytes of a number that the layers compute with: 2 in bf16, 4 in float32 and TF32.
     Returns: dict of what always lies there, "gradients, activations" at the worst moment, and "total".
     """
     P, layer = parameters_of(config)
     d, depth, E = config.hidden_size, config.num_hidden_layers, config.vocab_size * config.hidden_size
     N, fsdp, held = tokens * response_share, shard == "fsdp", method in NEEDED
     # Bytes of a weight between steps, and of its gradient; the parts that both are divided into.
-    stored, parts = (4, ranks) if fsdp else (2, 1)
-    states = {"adam": 8, "rmsprop": 4}[rule] + (0 if fsdp else 2)  # 2: the rest of a bf16 weight's master
+    stored, parts = (4, ranks) if fsdp else (size, 1)
+    states = {"adam": 8, "rmsprop": 4}[rule] + (0 if fsdp or size == 4 else 2)  # 2: the rest of a bf16 master
     resident = {"weights": P * stored / parts, "optimizer": P * states / ranks}
     if held:  # FSDP2 divides the reference's layers, not its embedding
-        resident["reference"] = 2 * E + 2 * (P - E) / parts
+        resident["reference"] = size * (E + (P - E) / parts)
     if method == "fpo":  # encoder, which features are active (a byte each), the states that it read
         resident["SAE"] = 4 * sae_width * d + N * (sae_width + 4 * d)
     if fsdp:  # the embedding stays whole; of layers one, its gradient, and the next
-        resident["in flight"] = 2 * E + 3 * 2 * layer
+        resident["in flight"] = size * (E + 3 * layer)
     # DDP's buckets hold all gradients, always; FSDP2's come layer by layer, the embedding's last.
     before, after = (0 if fsdp else P * stored), (P - E if fsdp else P) * stored / parts
-    kept, widest = (tokens * size for size in layer_bytes(config, row_tokens))
+    kept, widest = (tokens * n for n in layer_bytes(config, row_tokens, size))
     inputs = depth * (tokens * d * 4 if checkpointing else kept)  # of the residual stream: float32
     again = kept + widest if checkpointing else widest
     # Blocks of the head's backward: logits, slope, gradient, its product, TDPO's reference; and the states.
     chunk = VOCABULARY_SLICE["cuda" if config._attn_implementation == "flex_attention" else "cpu"]
-    head = N * min(chunk, config.vocab_size) * 4 * (5 if held else 4) + N * d * 8
+    head = N * min(chunk, config.vocab_size) * 4 * (5 if held else 4) + N * d * (4 + 2 * size)
     # Head or last layer; first layer or embedding. Beside each lies the head's gradient.
-    worst = 2 * E + max(before + inputs + max(head, again), after + max(again, 2 * E))
+    worst = size * E + max(before + inputs + max(head, again), after + max(again, size * E))
     items = {**resident, "gradients, activations": worst, "total": sum(resident.values()) + worst}
-    return {name: size / 1e9 for name, size in items.items()}
+    return {name: n / 1e9 for name, n in items.items()}
 
 
 def parameters_of(config) -> tuple[int, int]:
@@ -75,18 +77,19 @@ def parameters_of(config) -> tuple[int, int]:
     return tuple(sum(p.numel() for p in part.parameters()) for part in (lm, lm.model.layers[0]))
 
 
-def layer_bytes(config, row_tokens):
+def layer_bytes(config, row_tokens, size=2):
     """Bytes a token that a Gemma-2 layer keeps for its backward, and that its widest operation takes on top.
 
-    Four RMSNorms keep input and output in float32. In bf16 five products keep a copy of the stream, the MLP
-    four tensors of its width, attention queries, keys, values, output; eager also keys and values a head,
-    each score's tanh, two softmaxes.
+    Four RMSNorms keep input and output in float32; in bf16 five products keep a copy of the stream. The MLP
+    keeps four tensors of its width, attention queries, keys, values, output; eager also keys and values a
+    head, each score's tanh, two softmaxes.
     """
     d, f = config.hidden_size, config.intermediate_size
     q, kv = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
     eager = config._attn_implementation != "flex_attention"
     scores, kv = (config.num_attention_heads * row_tokens, q) if eager else (0, kv)
-    return 32 * d + 2 * (5 * d + 4 * f + 2 * q + 2 * kv) + 8 * scores, max(6 * f, 8 * scores)
+    copies = 2 * 5 * d if size == 2 else 0
+    return 32 * d + copies + size * (4 * f + 2 * q + 2 * kv) + 8 * scores, max(3 * size * f, 8 * scores)
 
 
 def main():

@@ -65,11 +65,12 @@ class LiveBytes(TorchDispatchMode):
 
 @pytest.mark.parametrize("method", ["dpo", "tdpo2"])
 @pytest.mark.parametrize("checkpointing", [True, False])
-def test_a_small_step_on_fake_tensors(method, checkpointing):
-    """Live bytes of a whole bf16 step: all that the plan names but the optimizer's states."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_small_step_on_fake_tensors(method, checkpointing, dtype):
+    """Live bytes of a whole step: all that the plan names but the optimizer's states."""
     pairs = data.Pairs([[list(range(4, 36))] * 3] * 4)
     config, batch = Gemma2Config(**SMALL), data.collate(pairs, range(4), layout="shared")
-    options = {"dtype": torch.bfloat16, "attn_implementation": "eager"}
+    options = {"dtype": dtype, "attn_implementation": "eager"}
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
         policy = fpo.Policy(AutoModelForCausalLM.from_config(config, **options))
         if method == "tdpo2":
@@ -83,6 +84,8 @@ def test_a_small_step_on_fake_tensors(method, checkpointing):
         held = held or fpo.Statistics(torch.zeros(8))
         fpo.method_loss(method, statistics, held, beta=0.1, alpha=0.5)[0].mean().backward()
     sizes = {"tokens": batch.tokens.numel(), "response_share": 2 / 3, "row_tokens": 96}
-    found = plan.plan(config, method=method, rule="adam", checkpointing=checkpointing, **sizes)
+    found = plan.plan(
+        config, method=method, rule="adam", checkpointing=checkpointing, size=dtype.itemsize, **sizes
+    )
     # Here one layer's moment, which is bounded from above, is a fifth of all; in Gemma-2-9B a hundredth.
-    assert 0.89 < live.peak / 1e9 / (found["total"] - found["optimizer"]) < 1.04
+    assert 0.89 < live.peak / 1e9 / (found["total"] - found["optimizer"]) < 1.05
