@@ -622,7 +622,9 @@ def check_output(flag: str, path, *, folder: bool):
 def made_by() -> dict:
     """What a file of results says of its making: command, commit (+ where files differ from it), hardware."""
     words = ["git", "describe", "--always", "--dirty=+", "--exclude", "*"]
-    commit = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    commit, here = "", Path(__file__).parent
+    if shutil.which("git"):
+        commit = subprocess.run(words, capture_output=True, text=True, cwd=here).stdout.strip()
     cards = torch.cuda.device_count()
     hardware = f"{cards} × {torch.cuda.get_device_name()}" if cards else f"{os.cpu_count()} CPU cores"
     command = shlex.join(["python", *sys.orig_argv[1:]])

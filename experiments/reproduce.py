@@ -116,7 +116,7 @@ def make_run(args, method: str, flags: str, seed: int) -> dict:
         task = f"-m experiments.control --task {method}"
     models = f"--model {args.start if method == 'sft' else f'{out}/model'} --reference {args.start}"
     training = f"{args.python} {task} {preset} --model {args.start} --seed {seed} --out {out}"
-    training += f" --eval_every {args.eval_every} {own} {flags}"
+    training += f" --eval_every {args.eval_every} --eval_kl {own} {flags}"
     scoring = f"{args.python} eval_diversity.py {preset} {models} {scoring_flags(args.train_flags)}"
     scoring += f" --seed {seed} --samples {args.samples} --features_top 50 --json {out}/scored.json"
     measure = "styles" if args.task == "control" else "measure"
@@ -339,8 +339,6 @@ def equal_size_alpha(rows) -> float:
 
 def ablation(args):
     """Tables 3, 6 and 7, by the preset's SAE in every row; then what the review added."""
-    if args.preset not in ("toy", "gemma-2-2b"):
-        raise data.UserError(f"ablation --preset {args.preset}: Tables 3 and 7 are for toy and gemma-2-2b")
     # ---- lines
     layers, alphas, methods = [], [], [LINES[method] for method in METHODS]
     for site, papers in TABLE_3_LAYERS.items():
@@ -371,8 +369,6 @@ def ablation(args):
 
 def control(args):
     """Table 4 on the toy: D_FPO of a style's features alone, of as many by chance, of all, and of none."""
-    if args.preset != "toy":
-        raise data.UserError(f"control --preset {args.preset}: the styles are the toy's")
     sides = {"all": "fpo", "random": "random", "polite": "polite", "shout": "shout"}
     lines = [LINES["sft"], ("no constraint", "fpo", "--alpha 0", ())]
     lines += [(f"{name} features", method, "--alpha 10", ()) for name, method in sides.items()]
@@ -455,6 +451,14 @@ def parse_args(argv=None):
     flag("--out", help="folder of all runs (runs/PRESET/reproduce, or control)")
     flag("--assets", default="assets", help="folder of results.json, tables and figures (assets)")
     args, args.train_flags = parser.parse_known_args(argv)
+    allowed = {"ablation": ("toy", "gemma-2-2b"), "control": ("toy",)}.get(args.task, train.PRESETS)
+    if args.preset not in allowed:
+        raise data.UserError(f"{args.task} --preset {args.preset}: one of {', '.join(allowed)}")
+    for (
+        word
+    ) in args.train_flags:  # scoring_flags knows names as train.py spells them; each run has its own seed
+        if re.match(r"--(seed|method|reference)$|--\w*[-=]", word):
+            raise data.UserError(f"{word}: not taken here; write --NAME VALUE, with _, and --seeds for seeds")
     is_toy = args.preset == "toy"
     cards = 0 if is_toy else torch.cuda.device_count()
     many = f" -m torch.distributed.run --standalone --nproc_per_node {cards}"

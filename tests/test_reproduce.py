@@ -86,6 +86,26 @@ def test_a_done_run_is_not_repeated_and_a_failed_one_is_told(tmp_path, monkeypat
     assert not (tmp_path / "runs/fpo_seed0/run.json").exists()
 
 
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        ("comparison --seed 3", "--seed: not taken here"),  # every seed would be the same run
+        ("comparison --k=20", "--k=20: not taken here"),  # the scoring would not see it
+        ("comparison --max-length 900", "--max-length: not taken here"),
+        ("ablation --preset gemma-2-9b", "ablation --preset gemma-2-9b: one of toy, gemma-2-2b"),
+        ("control --preset gemma-2-2b", "control --preset gemma-2-2b: one of toy"),
+    ],
+)
+def test_what_can_not_be_done_is_refused_before_any_run(tmp_path, words, says):
+    with pytest.raises(data.UserError, match=says):
+        args(tmp_path, words)
+
+
+def test_without_git_results_are_written_all_the_same(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert data.made_by()["commit"] == "unknown"
+
+
 def planned(monkeypatch, options):
     """The lines of every run that a task does. Here D is 1 / α², FPO's that of α = 0.1."""
     lines, figure = [], SimpleNamespace(axes=[Mock(), Mock()])
