@@ -80,15 +80,15 @@ def parameters_of(config) -> tuple[int, int]:
 def layer_bytes(config, row_tokens, size=2):
     """Bytes a token that a Gemma-2 layer keeps for its backward, and that its widest operation takes on top.
 
-    Four RMSNorms keep input and output in float32; in bf16 five products keep a copy of the stream. The MLP
-    keeps four tensors of its width, attention queries, keys, values, output; eager also keys and values a
-    head, each score's tanh, two softmaxes.
+    Four RMSNorms keep input and output in float32. Products keep what they read of the stream's width: in
+    bf16 five copies, in float32 two tensors. The MLP keeps four tensors of its width, attention queries,
+    keys, values, output; eager also keys and values a head, each score's tanh, two softmaxes.
     """
     d, f = config.hidden_size, config.intermediate_size
     q, kv = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
     eager = config._attn_implementation != "flex_attention"
     scores, kv = (config.num_attention_heads * row_tokens, q) if eager else (0, kv)
-    copies = 2 * 5 * d if size == 2 else 0
+    copies = 2 * 5 * d if size == 2 else 4 * 2 * d
     return 32 * d + copies + size * (4 * f + 2 * q + 2 * kv) + 8 * scores, max(3 * size * f, 8 * scores)
 
 

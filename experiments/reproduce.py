@@ -454,9 +454,7 @@ def parse_args(argv=None):
     allowed = {"ablation": ("toy", "gemma-2-2b"), "control": ("toy",)}.get(args.task, train.PRESETS)
     if args.preset not in allowed:
         raise data.UserError(f"{args.task} --preset {args.preset}: one of {', '.join(allowed)}")
-    for (
-        word
-    ) in args.train_flags:  # scoring_flags knows names as train.py spells them; each run has its own seed
+    for word in args.train_flags:  # a run has its own seed; scoring_flags takes names as train.py spells them
         if re.match(r"--(seed|method|reference)$|--\w*[-=]", word):
             raise data.UserError(f"{word}: not taken here; write --NAME VALUE, with _, and --seeds for seeds")
     is_toy = args.preset == "toy"

@@ -49,6 +49,28 @@ def test_bytes_of_a_parameter_and_of_a_token(name, P, layer_KiB):
     assert plan.layer_bytes(config, 1024)[0] == layer_KiB * 1024 + 3 * 2 * config.hidden_size
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_bytes_that_a_real_layer_keeps(dtype):
+    """Of a model of two layers less those of one, under autocast in bf16: all that autograd saves of them."""
+    kept = []
+    for depth in (1, 2):
+        config, saved = Gemma2Config(**SMALL | {"num_hidden_layers": depth}), {}
+        lm = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
+        masks = dict.fromkeys(("full_attention", "sliding_attention"), torch.zeros(1, 1, 96, 96, dtype=dtype))
+        weights = {p.untyped_storage().data_ptr() for p in lm.parameters()}
+
+        def keep(x, saved=saved):
+            saved[x.untyped_storage().data_ptr()] = x.untyped_storage()
+            return x
+
+        mixed = torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), mixed:
+            _ = lm.model(inputs_embeds=torch.randn(1, 96, 64), attention_mask=masks, use_cache=False)
+        kept.append(sum(storage.nbytes() for place, storage in saved.items() if place not in weights))
+    found = plan.layer_bytes(Gemma2Config(**SMALL), 96, dtype.itemsize)[0]
+    assert (kept[1] - kept[0]) / 96 == pytest.approx(found, rel=0.01)
+
+
 class LiveBytes(TorchDispatchMode):
     """`peak`: the most bytes there were, at one time, in the storages that operations made."""
 

@@ -126,6 +126,7 @@ def planned(monkeypatch, options):
 
 OWN = "--preset own --model M --dataset F.jsonl --eval_dataset G.jsonl --sae S --sae_layer 3 4 --lr 1"
 TASKS = ("ablation --preset toy", "ablation --preset gemma-2-2b", f"comparison {OWN}", "frontier", "control")
+TASKS += ("comparison --preset gemma-2-9b", "frontier --preset gemma-2-9b")
 
 
 @pytest.mark.parametrize("words", TASKS)
@@ -143,6 +144,7 @@ def test_every_command_is_one_that_the_scripts_take(tmp_path, monkeypatch, words
                 config = train.parse_args(words[: words.index("--json")])
             else:
                 config = train.parse_args([*words, *shlex.split(script.partition("train.py")[2])])
+                assert config.eval_kl  # which the tables and figures show, whatever the preset says
                 seen = {**vars(config), "out": "", "script": script}
                 assert named.setdefault(run["name"], seen) == seen
             if options.preset == "own":
@@ -202,11 +204,8 @@ def test_curves_are_means_over_seeds_and_a_figure_is_the_same_each_time(tmp_path
     assert drawn[0] == drawn[1] and drawn[0].startswith(b"<?xml")
     lines = [next(line for line in ax.lines if line.get_label() == "FPO") for ax in figure.axes]
     assert [line.get_ydata()[1] for line in lines] == pytest.approx([2.0, 8.0, 0.8])
-    D = [
-        row | {"curve": [{n.replace("kl", "mse"): v for n, v in p.items()} for p in row["curve"]]}
-        for row in rows
-    ]
-    (chosen, _, margin) = reproduce.draw_curves([*D[1:], D[0] | {"floor": 0.25}], "mse", "D_FPO").axes
+    D = json.loads(json.dumps(rows).replace("kl_", "mse_"))
+    chosen, _, margin = reproduce.draw_curves([*D[1:], D[0] | {"floor": 0.25}], "mse", "D_FPO").axes
     (line,) = (line for line in chosen.lines if line.get_label() == "rounding alone")
     assert line.get_ydata().tolist() == [0.25, 0.25] and len(margin.lines) == len(chosen.lines) - 1
     results = json.loads((tmp_path / "results.json").read_text())
