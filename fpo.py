@@ -204,12 +204,17 @@ class Policy(nn.Module):
             return policy, Statistics(belongs @ ref_logps, batch.lengths, features, norms=norms)
 
     def plain_logps(self, batch: Batch) -> torch.Tensor:
-        """(R,) log π(y|x) by transformers' own lm(…).logits: each row of a `separate` batch, unpadded."""
-        logps = []
-        for tokens, segment in zip(batch.tokens, batch.segment, strict=True):
-            tokens, n = tokens[segment >= 0], int((segment > 0).sum())
-            logits = self.lm(input_ids=tokens[None], use_cache=False, logits_to_keep=n + 1).logits[0, :-1]
-            logps.append(logits.float().log_softmax(-1).gather(1, tokens[-n:, None]).sum())
+        """(R,) log π of each row's targets, by transformers' own lm(…).logits on that row alone, unpadded.
+
+        batch: of `separate` rows. What a user says within an SFT conversation is no target.
+        """
+        logps, length = [], batch.tokens.shape[1]
+        for row, (tokens, segment) in enumerate(zip(batch.tokens, batch.segment, strict=True)):
+            mine = batch.state // length == row  # of the N targets this row's, (N,)
+            places, tokens = batch.state[mine] % length, tokens[segment >= 0][None]
+            logits = self.lm(input_ids=tokens, use_cache=False, logits_to_keep=places).logits[0]  # (n, V)
+            log_pi = logits.float().log_softmax(-1).gather(1, batch.target[mine, None])
+            logps.append(log_pi.sum())
         return torch.stack(logps)
 
 

@@ -231,6 +231,19 @@ def test_audit_measures_the_difference(lm, saes):
         assert found["difference"] < 1e-5 and found["floor"] < 1e-9 and found["window"] == 9
 
 
+def test_audit_of_conversations(lm):
+    """SFT rows with a user's turn between two answers: both forwards sum the answers' tokens alone."""
+    first, second, said = [5, 6, 7], [8, 9], [20, 21, 22, 23]
+    talk = ([2, 11, 12], first + said + second, [], [1] * 3 + [0] * 4 + [1] * 2)
+    found = fpo.audit(fpo.Policy(lm), Pairs([talk, ([2, 4], [5, 6], [])]), layout="shared")
+    assert found["difference"] < 1e-5
+    batch = collate(Pairs([talk]), [0], layout="separate")
+    log_pi = lm(torch.tensor([talk[0] + talk[1]])).logits[0].log_softmax(-1)
+    # The token at place i is predicted at place i - 1; answers stand at places 3 to 5, and 10 and 11.
+    by_hand = sum(log_pi[i - 1, token] for i, token in zip((3, 4, 5, 10, 11), first + second, strict=True))
+    torch.testing.assert_close(fpo.Policy(lm).plain_logps(batch), by_hand[None])
+
+
 @pytest.mark.parametrize("fault", ["softcap", "window", "dropout", "multiplier"])
 def test_audit_refuses(lm, saes, fault, monkeypatch):
     """What our forward gets wrong is named with its size; dropout shows as two runs that differ."""
