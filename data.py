@@ -14,32 +14,20 @@ with  k <= q,  doc[k] == doc[q]  and  segment[k] in {0, segment[q]}.
 import contextlib
 import hashlib
 import json
-import math
 import os
 import re
-import shlex
-import shutil
-import signal
-import subprocess
-import sys
 from collections import Counter
-from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
 
 import datasets
 import pyarrow as pa
 import torch
-import torch.distributed as dist
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from jinja2 import TemplateError
 from pyarrow import compute
-from safetensors import SafetensorError
-from torch.utils._pytree import tree_map_only
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 from transformers import AutoTokenizer
-from transformers.utils import logging as transformers_logging
+
+from runtime import UserError, hub_errors
 
 # The ending of a local file, and the reader of `datasets`; JSON lines are parsed here, each by itself.
 FORMATS = {".jsonl": "text", ".json": "json", ".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
@@ -75,14 +63,6 @@ SCHEMA = pa.schema(
     }
 )
 SHARE = 2500  # records for which a process more pays
-
-
-class UserError(ValueError):
-    """What the user can mend: a wrong value, file, record or disk. `everywhere`: every rank raises it."""
-
-    def __init__(self, message: str, everywhere: bool = True):
-        super().__init__(message)
-        self.everywhere = everywhere
 
 
 # ---------------------------------------------------------------------------- records
@@ -396,252 +376,6 @@ def load_pairs(
         reasons = "; ".join(f"{note} ({count})" for note, count in left_out.items()) or "it is empty"
         raise UserError(f"data set {source!r}: {len(pairs)} usable records; {reasons:.500}")
     return pairs
-
-
-# ---------------------------------------------------------------------------- batches
-class Batch(NamedTuple):
-    """B pairs as R rows of L tokens, and their N response tokens, flat. All int64 but `weight`."""
-
-    tokens: torch.Tensor  # (R, L)
-    positions: torch.Tensor  # (R, L) restart at the prompt's end for the rejected response
-    segment: torch.Tensor  # (R, L) 0 prompt, 1 chosen, 2 rejected, -1 padding
-    doc: torch.Tensor  # (R, L) the row's number, -1 padding
-    state: torch.Tensor  # (N,) which of the R·L places predicts the token: the one before it
-    target: torch.Tensor  # (N,) the token
-    owner: torch.Tensor  # (N,) which of the 2B responses it belongs to: B chosen, then B rejected; sorted
-    lengths: torch.Tensor  # (2B,) targets of each response (0 for SFT's rejected)
-    index: torch.Tensor  # type: ignore[assignment]  # (B,) the pairs' places in the data set
-    weight: torch.Tensor  # (B,) float32, 1; 0 for a padding pair, which only keeps a rank busy
-
-    def to(self, device) -> "Batch":
-        """This batch on a device; from pinned memory without a wait."""
-        return Batch(*(x.to(device, non_blocking=True) for x in self))
-
-
-def collate(
-    pairs, indices, *, layout="separate", row_multiple=1, pad_id=0, padding_pair=False, all_positions=False
-) -> Batch:
-    """The Batch of B pairs, given by their places in the data set.
-
-    row_multiple: rows are padded to a multiple of it (flex_attention works in blocks of 128).
-    padding_pair: these pairs carry weight 0.
-    all_positions: every token but a row's first is a target, always in separate rows (for the entropy).
-    """
-    indices, pieces, sizes = [int(i) for i in indices], [], []
-    B, shared = len(indices), layout == "shared" and not all_positions
-    # The pieces of each row, one after the other; SFT has no rejected response, and one row in any layout.
-    for b, i in enumerate(indices):
-        prompt, chosen, rejected = pairs[i]
-        one = shared or not len(rejected)
-        for y_w, y_l in [(chosen, rejected)] if one else [(chosen, prompt[:0]), (prompt[:0], rejected)]:
-            pieces += [prompt, y_w, y_l]
-            sizes.append((len(prompt), len(y_w), len(y_l), b))
-    # Of each row, (R, 1): the tokens of prompt, chosen and rejected in it, and the pair's place in the batch.
-    P, W, J, pair = torch.tensor(sizes).T[..., None]
-    R, L = len(sizes), math.ceil(int((P + W + J).max()) / row_multiple) * row_multiple
-    row, place = torch.arange(R)[:, None], torch.arange(L)
-    there = place < P + W + J  # (R, L), as all below: False where a row is padding
-    # Row by row the places that are no padding take the tokens in their order.
-    tokens = torch.full((R, L), pad_id).masked_scatter(there, torch.cat(pieces))
-    segment = torch.where(place < P, 0, torch.where(place < P + W, 1, 2)).where(there, -1)
-    positions = torch.where(segment == 2, place - W, place).where(there, 0)
-    # Both first tokens of the responses are predicted by the prompt's last, all others by the one before.
-    before = torch.where((place == P) | (place == P + W), P, place) - 1
-    owner = torch.where((segment == 2) | (W == 0), B + pair, pair)  # a row without chosen is rejected's
-    learnt = torch.cat([pairs.read(i, "is_target") for i in indices]).bool()  # of the chosen responses
-    is_target = (segment == 2).masked_scatter(segment == 1, learnt)
-    at = (there & (place > 0) if all_positions else is_target).flatten().nonzero()[:, 0]
-    at = at[owner.flatten()[at].argsort(stable=True)]  # (N,) the targets' places, by response
-    owner = owner.flatten()[at]  # (N,)
-    return Batch(
-        tokens, positions, segment, doc=row.where(there, -1), state=(row * L + before).flatten()[at],
-        target=tokens.flatten()[at], owner=owner, lengths=owner.bincount(minlength=2 * B),
-        index=torch.tensor(indices), weight=torch.full((B,), 0.0 if padding_pair else 1.0),
-    )  # fmt: skip
-
-
-# ---------------------------------------------------------------------------- steps
-def micro_batches(indices, row_lengths, ranks: int, *, max_pairs=0, max_tokens=0) -> list[list[int]]:
-    """Cut one global batch into micro-batches of similar lengths; micro-batch j goes to rank j % ranks.
-
-    Their number is a multiple of `ranks`; where pairs are fewer than ranks, the last ones are empty.
-    row_lengths: (n,) tokens of each pair of the data set.
-    max_pairs, max_tokens: of a micro-batch, each pair counted as long as the longest; 0 for no limit. A pair
-    of more tokens goes alone.
-    """
-    rest = sorted((int(i) for i in indices), key=lambda i: (-int(row_lengths[i]), i))  # the longest first
-    # No more than an equal share of the pairs, so that no rank is idle.
-    cap, groups = min(max_pairs or len(rest), math.ceil(len(rest) / ranks)), list[list[int]]()
-    while rest:
-        fit = max(1, max_tokens // int(row_lengths[rest[0]])) if max_tokens else cap
-        groups.append(rest[: min(cap, fit)])
-        rest = rest[min(cap, fit) :]
-    while len(groups) % ranks:  # halve the largest until every rank has as many; half of one pair is empty
-        j = max(range(len(groups)), key=lambda j: len(groups[j]))
-        half = (len(groups[j]) + 1) // 2
-        groups[j : j + 1] = groups[j][:half], groups[j][half:]
-    return sorted(groups, key=lambda group: not group)
-
-
-def epoch_order(n: int, epoch: int, seed: int) -> torch.Tensor:
-    """(n,) the order in which an epoch visits the pairs: a permutation by seed and epoch alone."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-
-
-LOADERS = {"cuda": 1, "cpu": 0}  # processes that make batches ahead
-
-
-def stream(pairs: Pairs, groups, *, device, lookup=None, **rows):
-    """(Batch, the reference's statistics or None) of each micro-batch, on the device, made ahead of its work.
-
-    groups: lists of pair indices; an empty one becomes a padding pair of weight 0.
-    lookup: a function of a batch's `index` that gives tensors, as a (named) tuple.
-    rows: layout and padding, as `collate` takes them.
-    """
-
-    def ignore_signals(_):
-        """torchrun signals a rank's whole group, and the rank itself ends its loader."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)
-
-    def load(group):
-        """A micro-batch, and what is looked up for it."""
-        batch = collate(pairs, group or [0], padding_pair=not group, **rows)
-        return batch, None if lookup is None else lookup(batch.index)
-
-    workers = LOADERS.get(kind := torch.device(device).type, 0)
-    loader = DataLoader(
-        groups, batch_size=None, collate_fn=load, pin_memory=kind == "cuda", num_workers=workers,
-        worker_init_fn=ignore_signals, multiprocessing_context="fork" if workers else None,
-    )  # fmt: skip
-    for made in loader:  # (Batch, statistics), from pinned memory without a wait
-        yield tree_map_only(torch.Tensor, lambda x: x.to(device, non_blocking=True), made)
-
-
-# ---------------------------------------------------------------------------- ranks
-def ranks() -> tuple[int, int]:
-    """(this process's rank, how many there are); (0, 1) without torch.distributed."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def barrier():
-    """Wait for the other ranks."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def lockstep(groups: list[list[int]], device) -> list[list[int]]:
-    """This rank's micro-batches, then empty ones until every rank has as many: no collective hangs."""
-    count = torch.tensor(len(groups), device=device)
-    if dist.is_initialized():
-        dist.all_reduce(count, op=dist.ReduceOp.MAX)
-    return groups + [[] for _ in range(int(count) - len(groups))]
-
-
-def start_processes() -> torch.device:
-    """Join torchrun's other processes, by gloo, on CUDA nccl; alone without it. Returns the rank's device."""
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    transformers_logging.disable_progress_bar()  # bars of half a second, one a rank
-    if cuda:
-        torch.cuda.set_device(device)
-        torch._dynamo.config.recompile_limit = 64  # flex_attention: past it shapes run unfused, in silence
-    if "RANK" in os.environ and not dist.is_initialized():
-        store, rank, world = next(dist.rendezvous("env://"))
-        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # one torchrun, which may start its ranks again:
-            # they would find the dead ones' addresses in the store that it keeps (pytorch/pytorch#135712)
-            store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-        options = {"store": store, "rank": rank, "world_size": world, "device_id": device if cuda else None}
-        patience = timedelta(hours=2)  # a rank may wait for a download, a slow disk, another run's cache
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=patience, **options)
-    return device
-
-
-# ---------------------------------------------------------------------------- files
-def run_script(main):
-    """Run a script's main(). A UserError ends it with one line on stderr and status 2: no traceback."""
-    try:
-        main()
-    except UserError as error:
-        rank = int(os.environ.get("RANK", 0))  # of torchrun: the processes may not have joined yet
-        if rank == 0 or not error.everywhere:
-            tqdm.write(f"error (rank {rank}): {error}" if rank else f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
-@contextlib.contextmanager
-def writing(path, keep: bool = False):
-    """Name the path where a write fails. Unless `keep`, what was begun is removed: it may fill the disk."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        with contextlib.suppress(OSError):
-            if not keep:
-                shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
-        raise UserError(f"{path}: {error}", everywhere=False) from error
-
-
-def write_text(path, text: str):
-    """Write a file aside and rename it: a reader sees the old one or the new one."""
-    aside = Path(f"{path}.{os.getpid()}.tmp")
-    with writing(aside):
-        aside.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(text)
-    aside.replace(path)
-
-
-def write_json(path, value):
-    """Write JSON as `write_text` does."""
-    write_text(path, json.dumps(value, indent=1) + "\n")
-
-
-def hold(folder, wait: bool = False):
-    """Hold a folder alone, until the returned lock is released (it is a context) or the process ends.
-
-    Where another process holds it (a killed torchrun leaves its ranks at work): `wait`, or a UserError.
-    """
-    with writing(folder, keep=True):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    lock = FileLock(Path(folder) / "lock", is_singleton=True)  # of one process: runs may follow each other
-    with contextlib.suppress(Timeout):
-        return lock.acquire(timeout=0)  # the system takes it back from a process that dies
-    if not wait:
-        raise UserError(f"{folder}: another process writes there; end it, or go elsewhere", everywhere=False)
-    print(f"{folder}: another process works there; waiting for it", flush=True)
-    return lock.acquire()
-
-
-def check_output(flag: str, path, *, folder: bool):
-    """UserError where nothing can be written at `path`: before the work, not after it."""
-    place = Path(path).absolute()
-    there = next(p for p in ([place] if folder else []) + list(place.parents) if p.exists())
-    if (place.is_dir() and not folder) or not there.is_dir() or not os.access(there, os.W_OK):
-        raise UserError(f"--{flag} {path}: no {'folder' if folder else 'file'} can be written there")
-
-
-def made_by() -> dict:
-    """What a file of results says of its making: command, commit (+ where files differ from it), hardware."""
-    words = ["git", "describe", "--always", "--dirty=+", "--exclude", "*"]
-    commit, here = "", Path(__file__).parent
-    if shutil.which("git"):
-        commit = subprocess.run(words, capture_output=True, text=True, cwd=here).stdout.strip()
-    cards = torch.cuda.device_count()
-    hardware = f"{cards} × {torch.cuda.get_device_name()}" if cards else f"{os.cpu_count()} CPU cores"
-    command = shlex.join(["python", *sys.orig_argv[1:]])
-    return {"command": command, "commit": commit or "unknown", "hardware": hardware}
-
-
-@contextlib.contextmanager
-def hub_errors(what: str, name: str):
-    """Turn the libraries' many errors about a model, tokenizer or data set into a UserError of one line."""
-    try:
-        yield
-    except Exception as error:
-        # The libraries say what to do (accept a licence, log in), in several lines, or in the cause.
-        told = " ".join(f"{error} {error.__cause__ or ''}".split())[:400] or type(error).__name__
-        if not os.path.exists(name) and (name.startswith((".", "/", "runs/")) or name.count("/") > 1):
-            told = "no such file or folder, and a hub name is OWNER/NAME"
-        raise UserError(f"{what} {name!r} can't be loaded: {told}") from error
 
 
 def load_tokenizer(name: str):

@@ -43,8 +43,14 @@ from transformers import GenerationConfig, HfArgumentParser
 
 import data
 import fpo
+import losses
+import metrics
+import runtime
 import train
-from train import flag, refuse
+from metrics import summary
+from runtime import refuse
+from settings import Config, flag
+from settings import parse_args as parse_run_args
 
 # ---------------------------------------------------------------------------- settings
 # Flags that train.py reads and checks: they mean the same here.
@@ -59,7 +65,7 @@ class Settings:
     model: str | None = flag(None, "what is scored; none: the preset's SFT model")
     reference: str | None = flag(None, "the frozen π_ref; none: no KL, D_FPO and reward")
     preset: str | None = flag(None, "of data, SAE and lengths; none: as the run that trained the model")
-    method: Literal[None, *fpo.METHODS] = flag(None, "whose reward is scored; none: as that run")
+    method: Literal[None, *losses.METHODS] = flag(None, "whose reward is scored; none: as that run")
     dataset: str | None = flag(None, "pairs to score; none: the preset's held-out pairs")
     train_pairs: str | None = field(
         default=None,
@@ -77,7 +83,7 @@ class Settings:
     seed: int = flag(0, "of sampling and bootstrap")
     sample_batch: int = flag(128, "responses sampled at once; another number draws other samples")
     # not flags: what follows from them
-    config: train.Config = field(init=False)  # model, data, SAE, k, lengths, dtype
+    config: Config = field(init=False)  # model, data, SAE, k, lengths, dtype
     units: list[float] = field(init=False)  # the run's s² for each SAE; empty: D_FPO is as in Eq. 10
 
 
@@ -111,7 +117,7 @@ def parse_args(argv=None) -> Settings:
     for name, value in [*((name, run.get(name)) for name in names), *given.items()]:
         if value:
             words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    settings.config = train.parse_args([*words, *rest])
+    settings.config = parse_run_args([*words, *rest])
     for name in ("sae_layer", "sae_site"):
         if settings.units and getattr(settings.config, name) != run[name]:
             refuse(f"--{name}: {settings.model} was trained with D_FPO in units of {run[name]}")
@@ -129,36 +135,15 @@ def check(settings):
     if not 0 < settings.top_p <= 1:
         refuse(f"--top_p {settings.top_p}: must be above 0 and at most 1")
     if settings.json is not None:
-        data.check_output("json", settings.json, folder=False)
+        runtime.check_output("json", settings.json, folder=False)
 
 
 def run_of(model: str | None) -> dict:
     """Settings and units of the run that trained a model: config.json in the folder that holds `model/`."""
     path = Path(model or "none/model").absolute().parent / "config.json"
-    with data.hub_errors("the settings", str(path)):
+    with runtime.hub_errors("the settings", str(path)):
         run = json.loads(path.read_text()) if path.exists() else {}
     return run if "method" in run else {}  # else it is not train.py's
-
-
-# ---------------------------------------------------------------------------- means and intervals
-def summary(groups, *, bootstrap=0, seed=0) -> dict:
-    """{key: Σ numerator / Σ denominator} of groups of {key: (numerator (n,), denominator (n,))}.
-
-    With `bootstrap` also "intervals": for each key the 2.5th and 97.5th percentile over so many resamples,
-    with replacement, of a group's n items: how a value varies with the items, not with the seed of training.
-    """
-    scores, intervals = {}, {}
-    for columns in groups:
-        parts = zip(*columns.values(), strict=True)
-        numerator, denominator = (torch.stack(part, 1).double() for part in parts)  # (n, keys)
-        scores |= dict(zip(columns, (numerator.sum(0) / denominator.sum(0)).tolist(), strict=True))
-        g, n = torch.Generator().manual_seed(seed), len(numerator)
-        drawn = (torch.randint(n, (n,), generator=g).bincount(minlength=n).double() for _ in range(bootstrap))
-        draws = [(times @ numerator) / (times @ denominator) for times in drawn]
-        if draws:
-            low, high = torch.stack(draws).quantile(torch.tensor([0.025, 0.975]).double(), dim=0).tolist()
-            intervals |= {name: list(ends) for name, *ends in zip(columns, low, high, strict=True)}
-    return {**scores, "intervals": intervals} if bootstrap else scores
 
 
 # ---------------------------------------------------------------------------- sampled responses
@@ -176,7 +161,7 @@ def sample_responses(
     Returns:
         for each prompt `samples` lists of token ids, the token that ends the turn included where it came.
     """
-    rank, world = data.ranks()
+    rank, world = runtime.ranks()
     stops = lm.generation_config.eos_token_id
     stops = {*(stops if isinstance(stops, list) else [stops]), data.Chat(tokenizer).end} - {None}
     settings = GenerationConfig(eos_token_id=sorted(stops), pad_token_id=0, max_new_tokens=max_new_tokens)
@@ -228,7 +213,7 @@ def response_statistics(lm, prompts, responses, **budget_and_rows) -> torch.Tens
     So both are of the whole distribution at temperature 1, however the responses were drawn.
     """
     drawn = [(x, y, []) for x, many in zip(prompts, responses, strict=True) for y in many]  # none rejected
-    table = fpo.score_pairs(fpo.Policy(lm), data.Pairs(drawn), **budget_and_rows)
+    table = metrics.score_pairs(fpo.Policy(lm), data.Pairs(drawn), **budget_and_rows)
     columns = [table[f"{name}_chosen"] for name in ("entropy", "logps", "lengths")]
     return torch.stack(columns, -1).view(len(prompts), -1, 3)
 
@@ -273,15 +258,15 @@ def evaluate(policy, tokenizer, pairs, settings, *, samples=0, **budget_and_rows
 
     Args:
         policy: fpo.Policy, holding the reference to compare with, if any.
-        budget_and_rows: max_tokens, and rows as `data.collate` takes them.
+        budget_and_rows: max_tokens, and rows as `collate` takes them.
     """
     # ---- pairs, at the responses' positions
     options = {"k": settings.config.k, "units": settings.units, "top": settings.features_top}
-    table = fpo.score_pairs(policy, pairs, **options, **budget_and_rows)
-    groups = [fpo.pair_columns(table, method=settings.method, beta=settings.beta)]
+    table = metrics.score_pairs(policy, pairs, **options, **budget_and_rows)
+    groups = [metrics.pair_columns(table, method=settings.method, beta=settings.beta)]
     # ---- at all positions, by the model alone. The authors count padding too, and so depend on the batch.
     rows = budget_and_rows | {"layout": "separate", "all_positions": True}
-    whole = fpo.score_pairs(fpo.Policy(policy.lm), pairs, **rows)
+    whole = metrics.score_pairs(fpo.Policy(policy.lm), pairs, **rows)
     groups[0]["teacher_forced_entropy_all"] = whole["entropy_rejected"], whole["lengths_rejected"]
     # ---- samples, for the first distinct prompts
     if samples:
@@ -305,8 +290,8 @@ def main(settings: Settings | None = None):
     """Score one model; with --reference against it too."""
     settings = parse_args() if settings is None else settings
     config = settings.config
-    device = data.start_processes()
-    main_rank = data.ranks()[0] == 0
+    device = runtime.start_processes()
+    main_rank = runtime.ranks()[0] == 0
     train.make_toy_world(config)
 
     # ---- data, SAEs, models: what is small comes first, so that a wrong value is found before the rest
@@ -322,7 +307,7 @@ def main(settings: Settings | None = None):
         policy.hold_reference(fpo.Policy(reference, saes, sites))
 
     # ---- scores
-    rows = train.rows_of(config, tokenizer, pairs, device)
+    rows = train.choose_layout(config, tokenizer, pairs, device)
     rows |= {"max_tokens": config.micro_batch_tokens, "progress": main_rank}
     scores = evaluate(policy, tokenizer, pairs, settings, samples=settings.samples, **rows)
     if training is not None:
@@ -332,10 +317,10 @@ def main(settings: Settings | None = None):
             low_high = part.get("intervals", {}).get(name, ())
             print(f"{title + name:<34}{part[name]:>10.4g}  ", *(f"{end:>10.4g}" for end in low_high))
     if main_rank and settings.json:
-        data.write_json(settings.json, scores | {"made_by": data.made_by()})
+        runtime.write_json(settings.json, scores | {"made_by": runtime.made_by()})
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    data.run_script(main)
+    runtime.run_script(main)

@@ -19,29 +19,18 @@ After the transformer everything works on the N states that predict response tok
 and never the logits of all positions.
 """
 
-import warnings
 from typing import NamedTuple, cast
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask
-from tqdm import tqdm
 
 import losses
-from data import Batch, UserError, collate, micro_batches, ranks, stream
+from batches import Batch
+from losses import METHODS, NEEDED, PER_TOKEN
+from runtime import UserError
 from sae import SiteHook
 from scale import owner_matrix, pooled_features, token_statistics
-
-METHODS = ("sft", "dpo", "simpo", "simpo_kl", "tdpo1", "tdpo2", "fpo")
-CACHED = ("dpo", "fpo")  # the reference is read from Phase 1's cache
-NEEDED = ("tdpo1", "tdpo2", "simpo_kl")  # the reference stays in memory: a KL needs whole distributions
-PER_TOKEN = ("simpo", "simpo_kl", "fpo")  # the reward is divided by |y|
-
-# Nats a token by which our forward may differ from the model's own, by `machine_epsilon`, of float32, TF32
-# and bf16: rounding stays ten times below this.
-TOLERANCE = {2**-23: 1e-3, 2**-10: 0.0125, 2**-7: 0.1}
 
 
 class Statistics(NamedTuple):
@@ -218,81 +207,6 @@ class Policy(nn.Module):
         return torch.stack(logps)
 
 
-# ---------------------------------------------------------------------------- the run proves itself
-@torch.no_grad()
-def audit(policy: Policy, pairs, *, k=50, **rows) -> dict:
-    """Compare this forward, as training runs it, with the model's own; every rank must call it.
-
-    It takes the longest pair and the shortest. What our masks, layouts, slices or softcap get wrong shows
-    here, before anything is trained, so no list of supported architectures is needed.
-
-    Args:
-        rows: layout and padding, as `data.collate` takes them.
-    Returns:
-        difference: Σ |log π(y|x) − that of lm(input_ids).logits| / Σ |y| of a pair, nats, the larger of both.
-        floor: D_FPO that rounding makes (`noise_floor`), below which D says nothing.
-        window: the sliding window if a pair is longer than it, else None.
-    Raises:
-        UserError: the difference is above TOLERANCE, or a second run gives other values (dropout, jitter).
-    """
-    device, sizes = policy.lm.device, pairs.row_lengths("separate")
-    longest, shortest = int(sizes.argmax()), int(sizes.argmin())
-    batch = collate(pairs, [longest, shortest], **rows).to(device)
-    policy.train()
-    ours, again = policy(batch)[0], policy(batch)[0]
-    policy.eval()
-    with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of flex_attention: not compiled, on purpose
-        alone = [collate(pairs, [i], layout="separate").to(device) for i in (longest, shortest)]
-        # Of FSDP2's shards the root's are whole since `ours`, the layers gather theirs.
-        theirs = torch.stack([policy.plain_logps(one) for one in alone], 1).flatten()
-    kind, limit = type(policy.lm).__name__, TOLERANCE[machine_epsilon(policy)]
-    theirs = F.pad(theirs, (0, len(ours.logps) - len(theirs)))  # SFT has no rejected ones
-    # Of a pair, as 8 tokens at least: in bf16 the rounding of a single logit is up to 0.1.
-    tokens = ours.lengths.view(2, -1).sum(0).clamp(min=8)
-    far = [((ours.logps - x).abs().view(2, -1).sum(0) / tokens).max() for x in (again.logps, theirs)]
-    repeat, difference = torch.stack(far).tolist()
-    if not repeat <= limit / 10:
-        raise UserError(f"{kind}: two runs of one batch differ by {repeat:.2g} nats a token (dropout?)")
-    if not difference <= limit:
-        what = f"log π differs from the model's own forward by {difference:.2g} nats a token"
-        raise UserError(f"{kind}: {what} (allowed: {limit:g}): a part of this model is not understood")
-    window = getattr(policy.lm.config.get_text_config(), "sliding_window", None)
-    tested = window if window is not None and int(sizes.max()) > window else None
-    return {"difference": difference, "floor": noise_floor(policy, pairs, k=k, **rows), "window": tested}
-
-
-def machine_epsilon(policy) -> float:
-    """From 1 to the next number that the factors of the policy's products can be."""
-    rounded = policy.lm.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
-    return 2**-10 if rounded and policy.dtype == torch.float32 else torch.finfo(policy.dtype).eps
-
-
-@torch.no_grad()
-def noise_floor(policy: Policy, pairs, *, k=50, n=8, **rows) -> float | None:
-    """D_FPO between `n` pairs and the same, rounded otherwise: what there is of it where nothing is learned.
-
-    The embeddings move by about their last bit, up or down at random, so that all later roundings fall anew,
-    as they do when weights move. In float32 about 1e-10. In bf16 it can be a part of what training is to hold
-    down; it falls with |y|.
-    """
-    if not policy.saes:
-        return None
-
-    def nudge(module, args, embedded):
-        """By half of what products are rounded by, at least by float32's last bit."""
-        step, generator = max(machine_epsilon(policy) / 2, 2**-23), torch.Generator().manual_seed(0)
-        up = torch.rand(embedded.shape, generator=generator) < 0.5
-        return embedded.float() * torch.where(up, 1 + step, 1 - step).to(embedded.device)
-
-    indices = torch.linspace(0, len(pairs) - 1, min(n, len(pairs))).long().tolist()
-    batch = collate(pairs, indices, **rows).to(policy.lm.device)
-    features = policy(batch)[0].features
-    with policy.lm.get_input_embeddings().register_forward_hook(nudge):
-        again = policy(batch)[0].features
-    return feature_distance(again, features, k=k).mean().item()
-
-
 # ---------------------------------------------------------------------------- method -> loss
 def method_loss(
     method, policy, reference=None, *, beta, alpha=0.5, gamma=0.5, k=50, stop_gradient=True, units=()
@@ -371,101 +285,3 @@ def rewards(method, policy, reference=None, *, beta):
         return (beta * policy.logps / n).detach()
     ratio = (policy.logps - reference.logps).detach()
     return beta * ratio / n if method in PER_TOKEN else beta * ratio
-
-
-# ---------------------------------------------------------------------------- scores of pairs
-@torch.no_grad()
-def score_pairs(
-    policy, pairs, *, lookup=None, k=50, units=(), top=0, max_tokens=0, progress=False, **rows
-) -> dict[str, torch.Tensor]:
-    """What a policy makes of every pair, in the data set's order, the same on every rank.
-
-    The reference is the one that the policy holds, else the cache's, else there is none.
-
-    Args:
-        lookup: ReferenceCache.lookup of these pairs, or None.
-        top: also each response's so many largest pooled features (of the first SAE), in order.
-        max_tokens, rows: micro-batches, as `data.micro_batches` and `data.collate` take them.
-    Returns:
-        {name: (n,) float64}, names ending in _chosen and _rejected. Always: logps, lengths, entropy (summed,
-        nats). With a reference: ratio = log π/π_ref, and mse where there are SAEs. With a held one also kl.
-        With `top`: activations_policy, activations_reference (n, top).
-    """
-    rank, world = ranks()
-    lengths = pairs.row_lengths(rows["layout"], rows.get("row_multiple", 1))
-    groups = micro_batches(range(len(pairs)), lengths, world, max_pairs=16, max_tokens=max_tokens)
-    was_training, table, mine = policy.training, dict[str, torch.Tensor](), groups[rank::world]
-    policy.eval()
-    batches = stream(pairs, mine, device=policy.lm.device, lookup=lookup, **rows)
-    shown = progress and rank == 0
-    for batch, cached in tqdm(batches, "evaluating", len(mine), disable=None if shown else True, leave=False):
-        policy_says, held = policy(batch, entropy=True)
-        values = _response_values(policy_says, held or cached, k, units, top)
-        for name, value in values.items():
-            weight = batch.weight.view(-1, *[1] * (value.ndim - 1))  # 0: a padding pair
-            for side, half in zip(("chosen", "rejected"), value.chunk(2), strict=True):
-                zeros = half.new_zeros(len(pairs), *half.shape[1:], dtype=torch.float64)
-                table.setdefault(f"{name}_{side}", zeros)[batch.index] += half * weight
-    policy.train(was_training)
-    if dist.is_initialized():
-        for name in sorted(table):
-            dist.all_reduce(table[name])
-    return {name: column.cpu() for name, column in table.items()}
-
-
-def _response_values(policy, reference, k, units, top):
-    """{name: (2B,) or (2B, top)} of one batch, for `score_pairs`, from Statistics (reference: or None)."""
-    values = {"logps": policy.logps, "lengths": policy.lengths, "entropy": policy.entropy}
-    if policy.kl is not None:
-        values["kl"] = policy.kl
-    if reference is not None:
-        values["ratio"] = policy.logps - reference.logps
-        if policy.features and reference.features:
-            values["mse"] = feature_distance(policy.features, reference.features, k=k, units=units)
-    for name, says in (("policy", policy), ("reference", reference)):
-        if top and says is not None and says.features:
-            c = says.features[0]
-            values[f"activations_{name}"] = c.topk(min(top, c.shape[1])).values
-    return values
-
-
-def pair_columns(table, *, method=None, beta=0.1) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Scores of a `score_pairs` table as fractions: {key: (numerator (n,), denominator (n,))}.
-
-    Keys: accuracy, accuracy_sum (share of pairs whose chosen response has the higher log π(y|x) / |y|, or
-    log π(y|x)); reward_accuracy_mean, reward_accuracy_sum (the same of log π/π_ref) and reward_accuracy (of
-    the method's own reward); nll_chosen; teacher_forced_entropy; kl_*, mse_* and their margins.
-
-    Args:
-        method: whose reward `reward_accuracy` is; None leaves it out.
-        beta: β of the margins |β D(y_l) - β D(y_w)| (Figs. 3, 4): one for all methods, to compare them.
-    """
-    one = torch.ones_like(table["logps_chosen"])
-    n = {side: table[f"lengths_{side}"] for side in ("chosen", "rejected")}
-    both = bool(n["rejected"].any())  # SFT has no rejected responses
-    columns = {"nll_chosen": (-table["logps_chosen"] / n["chosen"].clamp(min=1), one)}
-
-    def share_above(name, per_token):
-        """Pairs whose chosen response is above the rejected one; nearer than 1e-6 a token counts half."""
-        w, l = (table[f"{name}_{side}"] / (n[side].clamp(min=1) if per_token else 1) for side in n)
-        tie = 1e-6 * (1 if per_token else torch.maximum(*n.values()))
-        return torch.where((w - l).abs() < tie, 0.5, (w > l).double()), one
-
-    if both:
-        columns |= {"accuracy": share_above("logps", True), "accuracy_sum": share_above("logps", False)}
-        if "ratio_chosen" in table:
-            columns["reward_accuracy_mean"] = share_above("ratio", True)
-            columns["reward_accuracy_sum"] = share_above("ratio", False)
-        own = "logps" if method in ("simpo", "simpo_kl") else "ratio"
-        if method not in (None, "sft") and f"{own}_chosen" in table:
-            columns["reward_accuracy"] = share_above(own, method in PER_TOKEN)
-    sides = ("chosen", "rejected") if both else ("chosen",)
-    entropy, tokens = (sum(table[f"{name}_{side}"] for side in sides) for name in ("entropy", "lengths"))
-    columns["teacher_forced_entropy"] = entropy, tokens
-    for name in ("kl", "mse"):
-        if f"{name}_chosen" in table:
-            columns |= {f"{name}_{side}": (table[f"{name}_{side}"], one) for side in sides}
-            if both:
-                margin = beta * table[f"{name}_rejected"] - beta * table[f"{name}_chosen"]
-                columns[f"{name}_margin"] = margin.abs(), one
-    return columns

@@ -30,6 +30,12 @@ Results are per pair: the caller takes the mean E. Each function can be copied a
 import torch
 import torch.nn.functional as F
 
+# The methods by the names that the command line gives them.
+METHODS = ("sft", "dpo", "simpo", "simpo_kl", "tdpo1", "tdpo2", "fpo")
+CACHED = ("dpo", "fpo")  # the reference is read from Phase 1's cache
+NEEDED = ("tdpo1", "tdpo2", "simpo_kl")  # the reference stays in memory: a KL needs whole distributions
+PER_TOKEN = ("simpo", "simpo_kl", "fpo")  # the reward is divided by |y|
+
 # ---- what the losses are made of: logits or features of each response in ----
 
 

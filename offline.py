@@ -22,12 +22,14 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import data
-from data import UserError
+import runtime
+from batches import lockstep, micro_batches, stream
 from fpo import Policy, Statistics
+from runtime import UserError
 
 SHARD = 256  # pairs to a file: what an interruption can lose
 # Config keys that cannot change the cached values.
-NO_MATTER = {"dtype", "transformers_version", "architectures"}
+IGNORED_CONFIG_KEYS = {"dtype", "transformers_version", "architectures"}
 
 
 def digest(tensors: dict[str, torch.Tensor]) -> str:
@@ -57,7 +59,9 @@ def reference_identity(policy: Policy, pairs: data.Pairs, *, weights: str, arith
         saes.append([layer, site, sae.m, digest(encoder)])
     # Softcap, window, RoPE, epsilon: what the weights alone don't tell.
     config = json.loads(json.dumps(policy.lm.config.to_diff_dict(), default=str))
-    config = {name: config[name] for name in sorted(config) if name[0] != "_" and name not in NO_MATTER}
+    config = {
+        name: config[name] for name in sorted(config) if name[0] != "_" and name not in IGNORED_CONFIG_KEYS
+    }
     identity = {"version": 5, "tokens": pairs.digest(), "weights": weights, "config": config, "saes": saes}
     identity |= {"dtype": str(policy.lm.dtype), "attention": policy.lm.config._attn_implementation}
     return identity | arithmetic
@@ -74,28 +78,28 @@ def build_reference(policy: Policy, pairs: data.Pairs, cache_dir, identity, *, m
     Args:
         policy: a Policy whose lm is the reference.
         identity: see `reference_identity`; its digest names the cache's folder.
-        max_tokens, rows: the micro-batches, as `data.micro_batches` and `data.collate` take them.
+        max_tokens, rows: the micro-batches, as `micro_batches` and `collate` take them.
     Returns:
         ReferenceCache.
     """
-    (rank, world), device = data.ranks(), policy.lm.device
+    (rank, world), device = runtime.ranks(), policy.lm.device
     folder = Path(cache_dir) / hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     # One process at a time builds a cache; another waits here, and then finds its shards.
-    with data.hold(folder, wait=True) if rank == 0 else contextlib.nullcontext():
+    with runtime.lock_folder(folder, wait=True) if rank == 0 else contextlib.nullcontext():
         if rank == 0:
             for left in folder.glob("*.tmp"):  # of a process that died while it wrote
                 left.unlink()
             manifest = {"identity": identity, "pairs": len(pairs), "shard": SHARD}
-            data.write_json(folder / "manifest.json", manifest)
-        data.barrier()
+            runtime.write_json(folder / "manifest.json", manifest)
+        runtime.barrier()
         shards = [folder / f"shard_{s:05d}.safetensors" for s in range(-(-len(pairs) // SHARD))]
         missing = [s for s, path in enumerate(shards) if not _whole(path)]
-        data.barrier()  # every rank has seen the same shards before any writes
+        runtime.barrier()  # every rank has seen the same shards before any writes
         groups, ends = _shard_batches(pairs, missing[rank::world], max_tokens, rows)
-        groups = data.lockstep(groups, device)
+        groups = lockstep(groups, device)
         was_training, parts, waiting = policy.training, list[tuple](), list[tuple]()
         policy.eval()
-        batches = data.stream(pairs, groups, device=device, **rows)
+        batches = stream(pairs, groups, device=device, **rows)
         quiet = rank > 0 or not groups
         with torch.no_grad():
             for i, (batch, _) in enumerate(tqdm(batches, "reference (Phase 1)", len(groups), disable=quiet)):
@@ -106,7 +110,7 @@ def build_reference(policy: Policy, pairs: data.Pairs, cache_dir, identity, *, m
             for last in waiting:
                 _collect(last, parts, ends, shards)
         policy.train(was_training)
-        data.barrier()
+        runtime.barrier()
     return ReferenceCache(folder)
 
 
@@ -116,7 +120,7 @@ def _shard_batches(pairs, shards, max_tokens, rows):
     groups, ends = [], {}
     for shard in shards:
         members = range(shard * SHARD, min(len(pairs), (shard + 1) * SHARD))
-        groups += data.micro_batches(members, lengths, 1, max_pairs=16, max_tokens=max_tokens)
+        groups += micro_batches(members, lengths, 1, max_pairs=16, max_tokens=max_tokens)
         ends[len(groups) - 1] = shard
     return groups, ends
 
@@ -161,9 +165,9 @@ def _write_shard(path, parts):
         tensors[f"values.{s}"] = torch.cat([values for _, values in vectors])
         tensors[f"norms.{s}"] = torch.stack([norms[s] for *_, norms in pairs])
     aside = path.with_suffix(".tmp")
-    with data.writing(aside):
+    with runtime.writing(aside):
         save_file(tensors, aside)
-        data.write_text(path.with_suffix(".sha256"), _checksum(aside))
+        runtime.write_text(path.with_suffix(".sha256"), _checksum(aside))
         aside.replace(path)
 
 

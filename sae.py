@@ -12,6 +12,7 @@ b_dec   b_dec        (d,)      the decoder's bias; not subtracted from h before 
 ĥ       decode(c)    (..., d)  reconstruction, ĥ = c W_dec + b_dec
 """
 
+import math
 import re
 import warnings
 from contextlib import AbstractContextManager
@@ -20,10 +21,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from tqdm import tqdm
 
 ARRAYS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")  # Gemma Scope 2 writes them in lower case
 FOLDERS = {"res": "resid_post", "mlp": "mlp_out", "att": "attn_out"}  # Gemma Scope 2's folder of each site
@@ -228,3 +231,93 @@ class SiteHook(AbstractContextManager):
 
     def __exit__(self, *exception):
         self.remove()
+
+
+# ---------------------------------------------------------------------------- training
+class JumpReLU(torch.autograd.Function):
+    """z (n, m), θ (m,), ε -> c = z where z > θ, else 0 (n, m), and H(z - θ) (n, m), which sums to L0 over m.
+
+    Their jumps have no gradient in θ. Both get the straight-through one of Rajamanoharan et al. (2024), with
+    a rectangle of width ε as its kernel: dc/dθ = -θ/ε and dH/dθ = -1/ε where |z - θ| < ε/2, else 0.
+    """
+
+    @staticmethod
+    def forward(ctx, z, theta, epsilon):
+        """c and H, (n, m) each."""
+        ctx.save_for_backward(z, theta)
+        ctx.epsilon = epsilon
+        return torch.where(z > theta, z, 0.0), (z > theta).float()
+
+    @staticmethod
+    def backward(ctx, grad_c, grad_active):
+        """Gradients of z (n, m) and θ (m,)."""
+        z, theta = ctx.saved_tensors
+        near = (z - theta).abs() < ctx.epsilon / 2
+        grad_theta = torch.where(near, theta * grad_c + grad_active, 0.0).sum(0) / -ctx.epsilon
+        return torch.where(z > theta, grad_c, 0.0), grad_theta, None
+
+
+def train_sae(states, *, width=512, steps=1000, batch=256, lr=1e-2, l0_weight=6e-4, epsilon=0.03, seed=0):
+    """A JumpReLU SAE trained like Gemma Scope's on states (n, d) of any model: its five arrays, by name.
+
+    Loss: |h - ĥ|² + l0_weight · L0, of `batch` states a step, scaled to a mean |h|² of 1; thresholds learn by
+    straight-through gradients, `epsilon` wide. At the end the scale goes into biases and thresholds: the SAE
+    reads states as they are, in any unit. `width` is m, the number of features; rows of W_dec have norm 1. It
+    trains on the states' device; the arrays are float32, on the CPU.
+    """
+    generator, device, states = torch.Generator().manual_seed(seed), states.device, states.float()
+    scale = states.square().sum(-1).mean().rsqrt()
+    # The encoder starts as the decoder's transpose, the decoder's bias as the mean state.
+    W_dec = F.normalize(torch.randn(width, states.shape[1], generator=generator), dim=-1).to(device)
+    W_enc, b_enc, b_dec = W_dec.T.clone(), torch.zeros(width, device=device), states.mean(0) * scale
+    log_theta = torch.full((width,), math.log(0.05), device=device)
+    parameters = [p.requires_grad_() for p in (W_enc, b_enc, W_dec, b_dec, log_theta)]
+    optimizer = torch.optim.Adam(parameters, lr=lr, betas=(0.0, 0.999), fused=True)
+    for step in (bar := tqdm(range(steps), desc="SAE")):
+        # The learning rate falls over the last half; the penalty comes in over the first.
+        optimizer.param_groups[0]["lr"] = lr * min(1, 20 * (step + 1) / steps, 2 * (1 - step / steps))
+        penalty = l0_weight * min(1, 2 * step / steps)
+        h = scale * states[torch.randint(len(states), (batch,), generator=generator).to(device)]  # (batch, d)
+        c, active = JumpReLU.apply(h @ W_enc + b_enc, log_theta.exp(), epsilon)  # (batch, m) each
+        error, l0 = (c @ W_dec + b_dec - h).square().sum(-1).mean(), active.sum(-1).mean()
+        (error + penalty * l0).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            W_dec /= W_dec.norm(dim=-1, keepdim=True)
+        if step % 50 == 0:
+            bar.set_postfix(L0=f"{l0.item():.0f}", error=f"{error.item():.3f}")
+    arrays = {"W_enc": W_enc, "W_dec": W_dec, "b_enc": b_enc / scale, "b_dec": b_dec / scale}
+    arrays["threshold"] = log_theta.exp() / scale
+    return {name: array.detach().cpu() for name, array in arrays.items()}
+
+
+@torch.no_grad()
+def sae_figures(sae, states):
+    """How an SAE fits states (n, d) that it was not trained on: a dict of floats.
+
+    l0: mean number of active features. fvu: fraction of variance unexplained, Σ|h - ĥ|² / Σ|h - h̄|².
+    dead: share of the features that are active on no state.
+    """
+    error, active = 0.0, torch.zeros(sae.m, device=states.device)
+    for h in states.float().split(1024):
+        c = sae.encode(h)  # (1024, m)
+        error += (sae.decode(c) - h).double().square().sum().item()
+        active += (c > 0).sum(0)
+    variance = (states.double() - states.double().mean(0)).square().sum().item()
+    dead = (active == 0).float().mean().item()
+    return {"l0": active.double().sum().item() / len(states), "fvu": error / variance, "dead": dead}
+
+
+def write_sae(root, arrays, layer, site, l0):
+    """Writes an SAE's arrays in Gemma Scope's layout into the folder `root`; returns the file's path.
+
+    layer_L/width_W/average_l0_X/params.npz, below SITE/ unless that is `res`; W is 16k for 16384, or 500.
+    """
+    m = len(arrays["threshold"])
+    width, place = f"{m // 1000}k" if m % 1024 == 0 else m, "" if site == "res" else site
+    path = Path(root, place, f"layer_{layer}/width_{width}/average_l0_{round(l0)}/params.npz")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name("aside.npz")  # a file of the right name is whole
+    np.savez(aside, **{name: array.numpy() for name, array in arrays.items()})
+    return aside.rename(path)

@@ -10,240 +10,42 @@ scores.json, model/ (a Hugging Face directory), and the states of --save_every.
 """
 
 import hashlib
-import importlib.util
 import json
 import math
 import os
 import resource
 import shutil
-import signal
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, HfArgumentParser
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 import data
 import fpo
+import losses
+import metrics
 import offline
+import runtime
 import scale
-from data import UserError
+from audit import audit_and_freeze
+from batches import collate, epoch_order, micro_batches, stream
+from checkpoint import (
+    MAY_CHANGE_ON_RESUME,
+    StopSignal,
+    cut_metrics,
+    load_state,
+    read_meta,
+    save_state,
+    saved_states,
+)
+from runtime import UserError, refuse
 from sae import load_sae
-
-
-# ---------------------------------------------------------------------------- settings
-def flag(default, text):
-    """A field of Config with its --help text; what is paper's, experiments' or ours stands in the text."""
-    make = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
-    return field(**make, metadata={"help": text})
-
-
-@dataclass
-class Config:
-    """Every setting of a run. Defaults are the paper's for FPO on Gemma-2-2B (Table 5); where the paper is
-    silent, those of the authors' code when the experiments ran ("experiments"). A preset and the method's
-    row of Table 5 replace some, the command line any.
-    """
-
-    # what runs, on what
-    method: Literal[fpo.METHODS] = flag("fpo", "a row of Table 1 or 6")  # type: ignore[valid-type]
-    preset: str | None = flag(None, "fills in what is not given; gemma-2-2b, or own with --model alone")
-    model: str = flag(None, "where training starts: a Hugging Face directory or hub name")
-    reference: str = flag(None, "the frozen π_ref; by default where training starts")
-    dataset: str = flag(None, "pairs: a JSONL, parquet or arrow file, or hub NAME:SPLIT")
-    eval_dataset: str = flag(None, "held-out pairs, in the same forms")
-    chat_format: Literal["auto", "halos"] = flag("auto", "of tokenizers without template; halos: Sec. 4's")
-    cache_dir: str = flag(None, "Phase 1's reference; by default runs/PRESET/reference")
-    out: str = flag(None, "folder of this run; by default runs/PRESET/METHOD")
-    # the sparse autoencoder
-    sae: str | None = flag("google/gemma-scope-2b-pt-res", "Gemma Scope's repo or layout, or one file")
-    sae_layer: list[int] = flag([25], "from 0; the last is best (Table 3); several: mean D_FPO (Table 7)")
-    sae_width: str = flag("16k", "number of features (Table 5: 16k); auto: the narrowest there is")
-    sae_site: Literal["res", "mlp", "att"] = flag("res", "residual stream, MLP (Table 3) or attention")
-    sae_l0: list[str] = flag(["55"], "average L0, for all layers or each (experiments); auto: nearest to 100")
-    k: int = flag(50, "k of Eq. 10 (experiments)")
-    feature_scale: Literal["none", "rms"] = flag("none", "rms: D_FPO / mean ‖h‖², without unit (ours)")
-    # the loss: Table 5, by method
-    beta: float | None = flag(0.1, "β")
-    alpha: float | None = flag(0.5, "α of δ_TDPO2 and δ_FPO")
-    gamma: float | None = flag(None, "γ of SimPO")
-    stop_gradient: bool = flag(True, "hold δ_FPO's chosen term constant (Table 3)")
-    # optimisation
-    optimizer: Literal["adam", "rmsprop"] = flag("adam", "Adam for 2B, RMSprop for 9B (Table 5)")
-    lr: float = flag(5e-7, "learning rate (Table 5)")
-    adam_beta2: float = flag(0.999, "Adam's β2; β1 is 0.9 (experiments)")
-    schedule: Literal["constant", "cosine"] = flag("constant", "after warm-up (Table 5; Table 4: cosine)")
-    warmup_steps: int = flag(150, "linear (Table 5)")
-    warmup_ratio: float = flag(0.0, "warm-up as a share of all steps, instead (Table 4: 0.1)")
-    max_grad_norm: float = flag(10.0, "gradient clip (experiments); 0: none")
-    batch_size: int = flag(32, "pairs a step, over all ranks (Table 5)")
-    epochs: int = flag(1, "passes over the data (Table 5)")
-    steps: int | None = flag(None, "end after so many steps, whatever --epochs")
-    seed: int = flag(0, "of the data's order")
-    max_length: int = flag(2048, "tokens of prompt and response (experiments)")
-    max_prompt_length: int = flag(1024, "tokens of the prompt where both are too long (experiments)")
-    # memory and speed
-    micro_batch_tokens: int = flag(8192, "most tokens of a forward, padding counted; 0: no limit")
-    dtype: Literal["auto", "float32", "bfloat16", "tf32"] = flag("auto", "CPU: float32, CUDA: bfloat16")
-    layout: Literal["auto", "shared", "separate"] = flag("auto", "the prompt once a pair (shared) or twice")
-    activation_checkpointing: bool = flag(True, "compute activations again in the backward (Table 5)")
-    compile: bool = flag(True, "torch.compile each layer; without effect on the CPU")
-    shard: Literal["none", "states", "fsdp"] = flag("states", "what ranks share: optimizer states, or all")
-    # evaluation, interruptions, trackers
-    eval_every: int = flag(200, "steps between scores of held-out pairs; 0: at the ends alone")
-    eval_kl: bool = flag(True, "load the reference to score the KL, for methods that do without it")
-    save_every: int = flag(0, "steps between states to resume from; 0: on a signal alone")
-    resume: bool = flag(False, "continue from --out's state where there is one, else start")
-    report_to: Literal["none", "tensorboard", "wandb"] = flag("none", "tracker of metrics.jsonl's numbers")
-
-
-# Table 5 by method; None: the method has no such term. SimPO+KL is Table 6's, whose values are not given.
-TABLE_5: dict[str, dict] = {
-    "sft": {"beta": None, "alpha": None, "gamma": None},
-    "dpo": {"beta": 0.1, "alpha": None, "gamma": None},
-    "tdpo1": {"beta": 0.1, "alpha": None, "gamma": None},
-    "tdpo2": {"beta": 0.1, "alpha": 0.5, "gamma": None},
-    "simpo": {"beta": 2.0, "alpha": None, "gamma": 0.5},
-    "simpo_kl": {"beta": 2.0, "alpha": 0.5, "gamma": 0.5},
-    "fpo": {"beta": 0.1, "alpha": 0.5, "gamma": None},
-}
-ULTRAFEEDBACK, ULTRACHAT = "HuggingFaceH4/ultrafeedback_binarized", "HuggingFaceH4/ultrachat_200k"
-PAPER_DATA: dict[str, dict] = {
-    "sft": {"dataset": f"{ULTRACHAT}:train_sft", "eval_dataset": f"{ULTRACHAT}:test_sft[:2000]"},
-    "others": {"dataset": f"{ULTRAFEEDBACK}:train_prefs", "eval_dataset": f"{ULTRAFEEDBACK}:test_prefs"},
-}
-# What differs from Config's defaults; `base` is the model that SFT starts from.
-PRESETS: dict[str, dict] = {
-    "gemma-2-2b": {"base": "google/gemma-2-2b"},
-    "gemma-2-9b": {
-        "base": "google/gemma-2-9b",
-        "sae": "google/gemma-scope-9b-pt-res",
-        "sae_layer": [41],  # the paper names none; the experiments' code loads 41, L0 52
-        "sae_l0": ["52"],
-        "optimizer": "rmsprop",
-        "eval_kl": False,  # another 18.5 GB at each evaluation
-    },
-    "toy": {  # a world of 0.2 M parameters: its own data, SAE, learning rate, clip, betas and lengths
-        "base": "runs/toy/base",
-        "sae": "runs/toy/sae",
-        "sae_layer": [3],
-        "sae_width": "512",
-        "sae_l0": ["auto"],
-        "dataset": "runs/toy/train.jsonl",
-        "eval_dataset": "runs/toy/test.jsonl",
-        "lr": 3e-4,
-        "adam_beta2": 0.95,
-        "max_grad_norm": 1.0,
-        "warmup_steps": 10,
-        "steps": 100,
-        "max_length": 1024,
-        "max_prompt_length": 512,
-        "activation_checkpointing": False,
-        "eval_every": 50,
-    },
-}
-# For models that the paper does not try: D_FPO without unit, and the α of a sweep (docs/results.md).
-UNITLESS = {"feature_scale": "rms", "alpha": 1e4, "sae_l0": ["auto"], "warmup_steps": 0, "warmup_ratio": 0.1}
-PRESETS["gemma-3-270m"] = {"base": "google/gemma-3-270m", "sae": "google/gemma-scope-2-270m-pt", **UNITLESS}
-PRESETS["gemma-3-270m"]["sae_layer"] = [17]
-PRESETS["gemma-3-1b"] = {"base": "google/gemma-3-1b-pt", "sae": "google/gemma-scope-2-1b-pt", **UNITLESS}
-# Any other model: its data and its SAE must be given; the SAE is read at the last layer.
-PRESETS["own"] = {"sae": None, "sae_layer": [], "sae_width": "auto", **UNITLESS}
-# Settings that a resumed run may change: they do not change what is learned.
-FREE = {"resume", "save_every", "out", "cache_dir", "eval_every", "eval_kl", "report_to"}
-AT_LEAST_1 = {"batch_size", "epochs", "steps", "k", "max_length", "max_prompt_length"}  # others at least 0
-
-
-def parse_args(argv=None) -> Config:
-    """The command line over Table 5's row for the method, over the preset, over Config's defaults.
-
-    Raises: UserError: a flag or value that is not allowed, in one line that names those that are.
-    """
-    about = {"description": __doc__.split("\n\n")[0], "allow_abbrev": False, "add_help": False}
-    parser = HfArgumentParser(Config, **about)  # type: ignore[arg-type]
-    parser.error = refuse  # type: ignore[method-assign]  # argparse's own prints a page
-    first, _ = parser.parse_known_args(argv)
-    preset = first.preset or ("own" if first.model else "gemma-2-2b")
-    if preset not in PRESETS:
-        refuse(f"--preset {preset}: one of {', '.join(PRESETS)}")
-    paper = PAPER_DATA["sft" if first.method == "sft" else "others"] if preset.startswith("gemma") else {}
-    left_out = {"base"} if first.method == "fpo" else {"base", "alpha"}  # a preset's α is FPO's
-    values = {name: value for name, value in PRESETS[preset].items() if name not in left_out}
-    parser.set_defaults(**{"preset": preset, **paper, **TABLE_5[first.method], **values})
-    parser.add_argument("-h", "--help", action="help", help="show this and end")  # now with those defaults
-    config, unknown = parser.parse_args_into_dataclasses(
-        argv, return_remaining_strings=True, look_for_args_file=False
-    )
-    if unknown:
-        refuse(f"{' '.join(unknown)}: no such flag; --help lists them all")
-    fill_in(config)
-    check(config)
-    return config
-
-
-def refuse(message):
-    """Raise UserError."""
-    raise UserError(message)
-
-
-def fill_in(config):
-    """What follows from other settings: where training starts, the reference, folders, L0s as numbers."""
-    name = config.preset
-    if config.model is None:  # the SFT model of the preset where there is one, else its base
-        if name == "own":
-            refuse("--preset own: --model is needed")
-        tuned = "runs/toy/model" if name == "toy" else f"runs/{name}/sft/model"
-        start_tuned = config.method != "sft" and (name == "toy" or Path(tuned).is_dir())
-        config.model = tuned if start_tuned else PRESETS[name]["base"]
-    if name == "own":  # outputs are named after the model
-        name = next((p for p in reversed(Path(config.model).parts) if p not in ("model", "sft")), "own")
-    config.reference = config.reference or config.model
-    config.cache_dir = config.cache_dir or f"runs/{name}/reference"
-    config.out = config.out or f"runs/{name}/{config.method}"
-    config.sae_l0 = [int(l0) if str(l0).isdigit() else l0 for l0 in config.sae_l0]
-
-
-def check(config):
-    """Errors that need no model and no data: each names the value and what is allowed."""
-    for name, value in asdict(config).items():
-        for v in value if isinstance(value, list) else [value]:
-            low = 1 if name in AT_LEAST_1 else 0
-            if v == "":
-                refuse(f"--{name} '': must not be empty")
-            if isinstance(v, (int, float)) and not low <= v < 2**32:
-                refuse(f"--{name} {v}: must be at least {low}, and below 2^32")
-    for name, papers in TABLE_5[config.method].items():
-        if (papers is None) != (getattr(config, name) is None):
-            has = "has none" if papers is None else "needs one"
-            refuse(f"--{name} {getattr(config, name)}: --method {config.method} {has}")
-    for name in ("warmup_ratio", "adam_beta2"):
-        if not getattr(config, name) < 1:
-            refuse(f"--{name} {getattr(config, name)}: must be from 0 to below 1")
-    most = config.max_length
-    if config.max_prompt_length >= most:
-        refuse(f"--max_prompt_length {config.max_prompt_length}: must be below --max_length {most}")
-    for name in ("dataset", "eval_dataset"):
-        if getattr(config, name) is None:
-            refuse(f"--{name}: --preset {config.preset} needs one: a JSONL file or a hub data set")
-    if config.method == "fpo" and config.sae is None:
-        refuse("--sae: FPO needs one; `python -m experiments.train_sae` makes one for any model")
-    if config.shard == "fsdp" and "RANK" not in os.environ:
-        refuse("--shard fsdp: start it with torchrun")
-    if config.dtype == "tf32" and not torch.cuda.is_available():
-        refuse("--dtype tf32: needs CUDA; here it is one of auto, float32, bfloat16")
-    for name in ("out", "cache_dir"):
-        data.check_output(name, getattr(config, name), folder=True)
-    needed = {"tensorboard": ["tensorboard"], "wandb": ["wandb", "tensorboard"]}.get(config.report_to, [])
-    if missing := [package for package in needed if importlib.util.find_spec(package) is None]:
-        refuse(f"--report_to {config.report_to}: pip install {' '.join(missing)}")
+from settings import Config, parse_args
 
 
 # ---------------------------------------------------------------------------- loading
@@ -259,7 +61,7 @@ def load_config(name: str):
     """A model's config, all dropout off. UserError for an adapter, quantised weights, or no model at all."""
     if (Path(name) / "adapter_config.json").exists() and not (Path(name) / "config.json").exists():
         refuse(f"model {name!r}: this is an adapter; merge it into its model first")
-    with data.hub_errors("model", name):
+    with runtime.hub_errors("model", name):
         config = AutoConfig.from_pretrained(name)
     if getattr(config, "quantization_config", None):
         refuse(f"model {name!r}: its weights are quantised; training needs float32 or bfloat16 weights")
@@ -278,7 +80,7 @@ def load_lm(name: str, device, *, dtype=torch.float32, move=True):
     # Never sdpa: it drops Gemma-2's softcap (huggingface/transformers#32865).
     attention = "flex_attention" if torch.device(device).type == "cuda" else "eager"
     options = {"config": load_config(name), "dtype": dtype, "attn_implementation": attention}
-    with data.hub_errors("model", name):
+    with runtime.hub_errors("model", name):
         lm = AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, **options)
     return lm.to(device) if move else lm
 
@@ -317,14 +119,14 @@ def load_data(flag_name, config, tokenizer):
     )  # fmt: skip
     if (most := pairs.largest_token()) >= size:
         refuse(f"{source}: token id {most} of a vocabulary of {size}: the tokenizer is another model's")
-    if data.ranks()[0] == 0:
+    if runtime.ranks()[0] == 0:
         notes = [f"{n} × {what}" for what, n in pairs.notes.items()]
         print(f"{flag_name}: {len(pairs)} pairs", *notes, sep="; ")
     return pairs
 
 
-def rows_of(config, tokenizer, pairs, device) -> dict:
-    """How rows are laid out, as data.collate takes it.
+def choose_layout(config, tokenizer, pairs, device) -> dict:
+    """How rows are laid out, as collate takes it.
 
     auto: on CUDA (flex_attention) the prompt is always shared; eager attention costs the square of a row, so
     there it pays only where the prompt is at least as long as a response.
@@ -366,34 +168,11 @@ def compile_layers(lm, config, device, sites):
 def make_toy_world(config):
     """Make the toy preset's files where they are missing: rank 0 does, the others wait."""
     if config.preset == "toy":
-        if data.ranks()[0] == 0 and not Path("runs/toy/toy.json").exists():
+        if runtime.ranks()[0] == 0 and not Path("runs/toy/toy.json").exists():
             import toy
 
             toy.make_world(Path("runs/toy"))
-        data.barrier()
-
-
-def prove(policy, pairs, config, rows) -> dict:
-    """`fpo.audit`, printed; then freeze parameters that get no gradient (a vision tower), as DDP needs."""
-    try:
-        found = fpo.audit(policy, pairs, k=config.k, **rows)
-    except torch._dynamo.exc.TorchDynamoException as error:
-        refuse(f"torch.compile fails ({str(error).splitlines()[0]}); --no_compile trains without it")
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
-        refuse(f"{type(policy.lm).__name__}: our forward does not fit this architecture: {error!r:.200}")
-    if config.shard != "fsdp":
-        policy(data.collate(pairs, [0], **rows).to(policy.lm.device))[0].logps.sum().backward()
-        for parameter in policy.parameters():
-            parameter.requires_grad_(parameter.grad is not None)
-            parameter.grad = None
-    if data.ranks()[0] == 0:
-        says = [f"audit passed: {found['difference']:.1g} nats a token from the model's own forward"]
-        says += [
-            f"sliding window of {found['window']} tested" if found["window"] else "no sliding window tested"
-        ]
-        says += [f"rounding alone makes D_FPO {found['floor']:.1g}"] if policy.saes else []
-        print("; ".join(says))
-    return found
+        runtime.barrier()
 
 
 # ---------------------------------------------------------------------------- pieces of the loop
@@ -415,10 +194,10 @@ def plan_steps(config, pairs, rows, world: int) -> list[list[list[int]]]:
     plan = []
     for step in range(steps):
         if step % per_epoch == 0:
-            order = data.epoch_order(len(pairs), step // per_epoch, config.seed)
+            order = epoch_order(len(pairs), step // per_epoch, config.seed)
         start = step % per_epoch * config.batch_size
         batch = order[start : start + config.batch_size]
-        plan.append(data.micro_batches(batch, lengths, world, max_tokens=config.micro_batch_tokens))
+        plan.append(micro_batches(batch, lengths, world, max_tokens=config.micro_batch_tokens))
     return plan
 
 
@@ -456,107 +235,6 @@ def peak_memory_gb(device) -> float:
 
 
 # ---------------------------------------------------------------------------- a run's state, and its model
-def held(policy, optimizer) -> dict[str, torch.Tensor]:
-    """This rank's weights and optimizer states by parameter name; of what is sharded its shards."""
-    inner, tensors = getattr(optimizer, "optim", optimizer), dict[str, torch.Tensor]()
-    updated = {id(p) for group in inner.param_groups for p in group["params"]}  # by this rank
-    for name, parameter in policy.named_parameters():
-        tensors[f"weight/{name}"] = scale.local(parameter).detach()
-        if id(parameter) in updated:
-            tensors |= {f"{key}/{name}": tensor for key, tensor in inner.state_of(parameter).items()}
-    return tensors
-
-
-def save_state(out, step: int, policy, optimizer, meta: dict):
-    """Write OUT/state/step_N: state.json and a file a rank; aside, then renamed; then the older one goes."""
-    rank, world = data.ranks()
-    aside, final = out / f"state/step_{step:08d}.tmp", out / f"state/step_{step:08d}"
-    if final.exists():
-        return
-    data.barrier()  # every rank has looked
-    if rank == 0:
-        for left in (out / "state").glob("step_*.tmp"):  # of a run that died while it wrote
-            shutil.rmtree(left)
-        aside.mkdir(parents=True)
-    data.barrier()
-    # Whole weights are the same on every rank: rank 0 writes them.
-    writes = rank == 0 or isinstance(next(policy.parameters()), DTensor)
-    mine = {n: t.contiguous() for n, t in held(policy, optimizer).items() if writes or n[:7] != "weight/"}
-    with data.writing(aside):
-        # safetensors cannot reopen a file that has neither tensors nor metadata, so always write metadata.
-        save_file(mine, aside / f"rank_{rank}.safetensors", metadata={"rank": str(rank)})
-    data.barrier()
-    if rank == 0:
-        data.write_json(aside / "state.json", {"step": step, "ranks": world, **meta})
-        os.sync()  # the disk has all of it before it gets its name
-        aside.rename(final)
-        for old in saved_states(out)[:-1]:
-            shutil.rmtree(old)
-    data.barrier()
-
-
-def saved_states(out) -> list[Path]:
-    """Whole states of a run, oldest first; what was being written when a run died is not among them."""
-    return sorted(path for path in Path(out, "state").glob("step_*") if path.suffix != ".tmp")
-
-
-def read_meta(config, stands_on=None) -> dict:
-    """state.json of the last state. UserError where this run does not continue it: each difference is named.
-
-    stands_on: digests of the tokens, SAEs, template and weights, by the flag that names them.
-    """
-    path = saved_states(config.out)[-1] / "state.json"
-    try:
-        meta = json.loads(path.read_text())
-        settings, before, ranks = meta["settings"], meta["stands_on"], meta["ranks"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--resume: {path} is not what a run writes: {error!r}") from None
-    now = json.loads(json.dumps(asdict(config))).items()
-    odd = [f"--{n} was {settings.get(n)}, is {v}" for n, v in now if n not in FREE and settings.get(n) != v]
-    odd += [f"--{n}: other content than before" for n, v in (stands_on or {}).items() if before.get(n) != v]
-    odd += [f"written by {ranks} ranks, here are {data.ranks()[1]}"] if ranks != data.ranks()[1] else []
-    if odd:
-        refuse(f"--resume {path.parent}: {'; '.join(odd)}; a run goes on only as it began")
-    return meta
-
-
-def load_state(out, policy, optimizer):
-    """Put the last state's weights and optimizer states in, bit for bit. UserError for a damaged state."""
-    folder, rank = saved_states(out)[-1], data.ranks()[0]
-    try:
-        files = [safe_open(folder / f"rank_{r}.safetensors", "pt") for r in sorted({0, rank}, reverse=True)]
-        with torch.no_grad():
-            for name, tensor in held(policy, optimizer).items():
-                file = next(file for file in files if name in file.keys())  # noqa: SIM118
-                tensor.copy_(file.get_tensor(name))
-    except (OSError, SafetensorError, StopIteration, RuntimeError) as error:
-        text = f"--resume {folder}: not a whole state of this model: {error}"
-        raise UserError(text, everywhere=False) from None
-
-
-def cut_metrics(path, step: int):
-    """Keep metrics.jsonl's lines up to `step`: none lost, none doubled. A kill may have cut the last one."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    whole = (line for line in lines if line.endswith("\n"))
-    data.write_text(path, "".join(line for line in whole if json.loads(line)["step"] <= step))
-
-
-class StopSignal:
-    """Notes SIGTERM and SIGINT, for the loop to save and leave at the step's end. A second one kills."""
-
-    def __init__(self):
-        self.came = False
-        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGTERM, signal.SIGINT)}
-
-    def note(self, number, frame):
-        """A handler: the loop reads `came`."""
-        self.came = True
-        self.restore()
-
-    def restore(self):
-        """Put the former handlers back."""
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
 
 
 def start_tracker(config, start: int):
@@ -564,12 +242,12 @@ def start_tracker(config, start: int):
 
     start: steps done before; TensorBoard drops the points that an interrupted run wrote after it.
     """
-    if config.report_to == "none" or data.ranks()[0]:
+    if config.report_to == "none" or runtime.ranks()[0]:
         return None
     if config.report_to == "wandb":
         import wandb
 
-        settings = {name: value for name, value in asdict(config).items() if name not in FREE}
+        settings = {name: value for name, value in asdict(config).items() if name not in MAY_CHANGE_ON_RESUME}
         key = hashlib.sha256(f"{Path(config.out).absolute()} {settings}".encode()).hexdigest()[:16]
         wandb.init(name=config.out, id=key, resume="allow", config=asdict(config), sync_tensorboard=True)
     from torch.utils.tensorboard import SummaryWriter
@@ -589,7 +267,7 @@ def save_model(policy, tokenizer, config, *, weights=True):
     First with weights=False: what can fail for other reasons than a full disk is written before the training.
     """
     state = scale.full_state_dict(policy) if weights else {}
-    if data.ranks()[0]:
+    if runtime.ranks()[0]:
         return
     lm, aside, final = policy.lm, Path(config.out) / "model.tmp", Path(config.out) / "model"
     dtype = lm.config.dtype = torch_dtype(config, lm.device)
@@ -599,7 +277,7 @@ def save_model(policy, tokenizer, config, *, weights=True):
     lm.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=sorted(ends), pad_token_id=tokenizer.pad_token_id
     )
-    with data.writing(aside):
+    with runtime.writing(aside):
         if not weights:
             lm.config.save_pretrained(aside)
             lm.generation_config.save_pretrained(aside)
@@ -621,13 +299,13 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
     """
     # ---- processes and folders
     config = parse_args() if config is None else config
-    device = data.start_processes()
-    rank, world = data.ranks()
+    device = runtime.start_processes()
+    rank, world = runtime.ranks()
     out, say = Path(config.out), print if rank == 0 else str  # `say` prints on rank 0 alone
     resumes = config.resume and bool(saved_states(out))
     if resumes:
         read_meta(config)
-    lock = data.hold(out) if rank == 0 else None  # noqa: F841  (held until the process ends)
+    lock = runtime.lock_folder(out) if rank == 0 else None  # noqa: F841  (held until the process ends)
     make_toy_world(config)
 
     # ---- SAEs, data, model: what is small comes first, so that a wrong value is found before the rest
@@ -637,17 +315,17 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
     load_config(config.model)  # where no model is, nothing else is asked
     tokenizer = data.load_tokenizer(config.model)
     pairs, held_out = (load_data(name, config, tokenizer) for name in ("dataset", "eval_dataset"))
-    rows = rows_of(config, tokenizer, pairs, device)  # how a batch is laid out
+    rows = choose_layout(config, tokenizer, pairs, device)  # how a batch is laid out
     budget = {"max_tokens": config.micro_batch_tokens, **rows}
     loading = config, device, encoders or saes, sites
     policy, digest = load_policy(config.model, *loading)
     save_model(policy, tokenizer, config, weights=False)  # what the end will write is tried now
-    found = prove(policy, pairs, config, rows)  # the audit: this forward against the model's own
+    found = audit_and_freeze(policy, pairs, config, rows)  # the audit: this forward against the model's own
 
     # ---- Phase 1: the offline reference (Sec. 3), by the policy itself where it starts from the reference
     cache = held_out_cache = None
     units: tuple[float, ...] = ()
-    if config.method in fpo.CACHED or (saes and config.feature_scale == "rms"):
+    if config.method in losses.CACHED or (saes and config.feature_scale == "rms"):
         reference = policy
         if config.reference != config.model:
             reference, digest = load_policy(config.reference, *loading)
@@ -663,7 +341,7 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
         say(f"reference: {cache.folder}, {cache.size() / len(pairs) / 1e3:.1f} kB a pair")
         if config.feature_scale == "rms":
             units = cache.units(pairs.sizes[:, 1:])
-    if config.method in fpo.NEEDED:
+    if config.method in losses.NEEDED:
         reference, digest = load_policy(config.reference, *loading, frozen=True)
         policy.hold_reference(reference)
     if config.shard == "fsdp":  # a forward without gradients leaves the root's weights whole
@@ -671,19 +349,19 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
 
     def scores():
         """Held-out scores; where the KL is wanted, the reference is loaded for it alone."""
-        lent = config.eval_kl and config.method not in (*fpo.NEEDED, "sft")
+        lent = config.eval_kl and config.method not in (*losses.NEEDED, "sft")
         if lent:
             policy.hold_reference(load_policy(config.reference, *loading, frozen=True)[0])
         lookup = held_out_cache and held_out_cache.lookup
         options = {"lookup": lookup, "k": config.k, "units": units, "progress": rank == 0}
-        table = fpo.score_pairs(policy, held_out, **options, **budget)
+        table = metrics.score_pairs(policy, held_out, **options, **budget)
         if lent:
             policy.hold_reference(None)
         if config.shard == "fsdp":
             policy.reshard()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        columns = fpo.pair_columns(table, method=config.method).items()
+        columns = metrics.pair_columns(table, method=config.method).items()
         return {name: (above.sum() / below.sum()).item() for name, (above, below) in columns}
 
     # ---- Phase 2: the loop, from the start or from where it was left
@@ -696,12 +374,12 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
         betas=(0.9, config.adam_beta2), fused=None if config.compile else False,
     )  # fmt: skip
     # What the run stands on, by the flag that names it: a resumed run must stand on the same.
-    stands_on = {"dataset": pairs.digest(), "eval_dataset": held_out.digest(), "reference": digest}
-    stands_on["model"] = hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()
-    stands_on["sae"] = [offline.digest(dict(sae.named_buffers())) for sae in saes]
+    input_digests = {"dataset": pairs.digest(), "eval_dataset": held_out.digest(), "reference": digest}
+    input_digests["model"] = hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()
+    input_digests["sae"] = [offline.digest(dict(sae.named_buffers())) for sae in saes]
     start = 0
     if resumes:
-        meta = read_meta(config, stands_on)
+        meta = read_meta(config, input_digests)
         load_state(out, policy, optimizer)
         start, before = meta["step"], meta["before"]
     else:
@@ -709,19 +387,19 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
         if rank == 0 and (out / "state").exists():  # an earlier run's: its later states would pass for ours
             shutil.rmtree(out / "state.old", ignore_errors=True)
             (out / "state").rename(out / "state.old")
-    meta = {"settings": asdict(config), "stands_on": stands_on, "before": before}
+    meta = {"settings": asdict(config), "input_digests": input_digests, "before": before}
     if rank == 0:
-        data.write_json(out / "config.json", asdict(config) | {"units": units, "audit": found})
+        runtime.write_json(out / "config.json", asdict(config) | {"units": units, "audit": found})
         cut_metrics(out / "metrics.jsonl", start)
     policy.train()
     if ddp:
         # DDP orders its buckets at its second forward. One throw-away forward and backward at every start
         # makes the order, and so the sums, of a resumed run those of an uninterrupted one.
-        model(data.collate(pairs, [0], **rows).to(device))[0].logps.sum().backward()
+        model(collate(pairs, [0], **rows).to(device))[0].logps.sum().backward()
         optimizer.zero_grad()
     mine = [groups[rank::world] for groups in plan[start:]]  # per step this rank's micro-batches
     lookup = cache and cache.lookup
-    batches = data.stream(pairs, [g for groups in mine for g in groups], device=device, lookup=lookup, **rows)
+    batches = stream(pairs, [g for groups in mine for g in groups], device=device, lookup=lookup, **rows)
     settings = {name: getattr(config, name) for name in ("beta", "alpha", "gamma", "k", "stop_gradient")}
     bar = tqdm(total=len(plan), initial=start, desc=config.method, unit=" steps", disable=rank > 0)
     metrics_file = open(out / "metrics.jsonl" if rank == 0 else os.devnull, "a")  # noqa: SIM115
@@ -783,7 +461,7 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
         ends = stopping or step + 1 == len(plan)
         if config.eval_every and (step + 1) % config.eval_every == 0 and not ends:
             line |= {f"eval_{name}": value for name, value in scores().items()}
-        with data.writing(metrics_file.name, keep=True):
+        with runtime.writing(metrics_file.name, keep=True):
             metrics_file.write(json.dumps(line) + "\n")
             metrics_file.flush()
         draw(writer, step + 1, line)
@@ -808,7 +486,7 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
         after = scores()
         draw(writer, len(plan), {f"eval_{name}": value for name, value in after.items()})
         if rank == 0:
-            data.write_json(out / "scores.json", {"before": before, "after": after})
+            runtime.write_json(out / "scores.json", {"before": before, "after": after})
             print(f"\n{'held-out':<30}{'before':>10}{'after':>10}")
             for name, value in after.items():
                 print(f"{name:<30}{before[name]:>10.4g}{value:>10.4g}")
@@ -820,4 +498,4 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
 
 
 if __name__ == "__main__":
-    data.run_script(main)
+    runtime.run_script(main)

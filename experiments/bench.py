@@ -31,11 +31,15 @@ from transformers import AutoModelForCausalLM, Gemma2Config
 
 import data
 import fpo
+import losses
 import offline
+import runtime
 import scale
+from batches import collate, micro_batches
 from experiments import count
 from experiments.plan import GEMMA_2, parameters_of
-from train import TABLE_5, refuse
+from runtime import refuse
+from settings import TABLE_5
 
 CUDA = torch.cuda.is_available()
 PRODUCT = 2048  # rows and columns of the matrix product that a step's FLOP/s are held against
@@ -56,14 +60,14 @@ SHAPES = {
 
 
 def parse_args(argv=None):
-    """Flags, completed by the shape; with its `config`, and `rows` as data.collate takes it."""
+    """Flags, completed by the shape; with its `config`, and `rows` as collate takes it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.error = refuse
     add, on = parser.add_argument, {"action": "store_true"}
     add("--shape", choices=SHAPES, default="tiny", help="model, SAE, lengths and optimizer (tiny)")
     add("--prompt", type=int, help="tokens of a prompt, instead of the shape's")
     add("--response", type=int, help="tokens of a response, instead of the shape's")
-    add("--methods", nargs="+", choices=fpo.METHODS[1:], default=["simpo", "dpo", "fpo", "tdpo1", "tdpo2"])
+    add("--methods", nargs="+", choices=losses.METHODS[1:], default=["simpo", "dpo", "fpo", "tdpo1", "tdpo2"])
     add("--rounds", type=int, default=5, help="of all steps in turn (5)")
     add("--checkpointing", **on, help="activation checkpointing")
     add("--rank_of", type=int, default=1, help="one rank of N: its share of the optimizer's states (1)")
@@ -77,7 +81,7 @@ def parse_args(argv=None):
         if type(value) is int and value < 1:
             refuse(f"--{name} {value}: must be at least 1")
     if args.json:
-        data.check_output("json", args.json, folder=False)
+        runtime.check_output("json", args.json, folder=False)
     changes, args.sae_width, (args.pairs, prompt, response), args.rule = SHAPES[args.shape]
     args.prompt, args.response = args.prompt or prompt, args.response or response
     flex = CUDA or args.count
@@ -92,7 +96,7 @@ def parse_args(argv=None):
 def make_lm(args):
     """A model of the shape with random weights, on the device; bf16 on CUDA."""
     torch.manual_seed(0)
-    device = data.start_processes()  # on CUDA also the compiler's limits, as train.py has them
+    device = runtime.start_processes()  # on CUDA also the compiler's limits, as train.py has them
     with device:
         return AutoModelForCausalLM.from_config(args.config, dtype=torch.bfloat16 if CUDA else torch.float32)
 
@@ -106,7 +110,7 @@ def make_pairs(args, n):
 
 def all_pairs(args):
     """The shape's pairs as one micro-batch."""
-    return data.collate(make_pairs(args, args.pairs), range(args.pairs), **args.rows)
+    return collate(make_pairs(args, args.pairs), range(args.pairs), **args.rows)
 
 
 def make_policies(args, methods):
@@ -121,7 +125,7 @@ def make_policies(args, methods):
         with torch.no_grad():
             z = policies["fpo"].read_sites(all_pairs(args).to(lm.device))[0][:32].float() @ W_enc
         sae.threshold.fill_(z.quantile(1 - 1 / 300).clamp(min=0))
-    if held := [method for method in methods if method in fpo.NEEDED]:
+    if held := [method for method in methods if method in losses.NEEDED]:
         policies |= dict.fromkeys(held, fpo.Policy(lm))
         policies[held[0]].hold_reference(fpo.Policy(make_lm(args)))
         layers += policies[held[0]].reference[0].lm.model.layers
@@ -146,7 +150,7 @@ def make_steps(args, policies):
 
     def take_step(method):
         """One step of a method, on the shared model and optimizer."""
-        batch = data.collate(pairs, range(args.pairs), **args.rows).to(lm.device)
+        batch = collate(pairs, range(args.pairs), **args.rows).to(lm.device)
         statistics, held = policies[method](batch)
         settings = {name: value for name, value in TABLE_5[method].items() if value is not None}
         loss, _ = fpo.method_loss(method, statistics, held or cached[method], **settings)
@@ -227,7 +231,7 @@ def measure(args, names, rounds):
 
     GB are those above what this process held before it made them.
     """
-    before, ours = resident(), [name for name in names if name in fpo.METHODS]
+    before, ours = resident(), [name for name in names if name in losses.METHODS]
     steps = make_steps(args, make_policies(args, ours)) if ours else {}
     steps |= {"trl": trl_step(args)} if "trl" in names else {}
     steps |= {"product": partial(torch.mm, *torch.randn(2, PRODUCT, PRODUCT))} if "product" in names else {}
@@ -299,13 +303,13 @@ def reference_pass(args):
     n = args.pairs * (32 if CUDA else 4)
     steps, pairs = make_steps(args, policies), make_pairs(args, n)
     identity = offline.reference_identity(policies["fpo"], pairs, weights="", arithmetic={})
-    groups = data.micro_batches(range(n), pairs.row_lengths(args.rows["layout"]), 1, max_pairs=16)
+    groups = micro_batches(range(n), pairs.row_lengths(args.rows["layout"]), 1, max_pairs=16)
 
     @torch.no_grad()
     def bare_forward():
         """Log-probabilities of all pairs."""
         for group in groups:
-            batch = data.collate(pairs, group, **args.rows)
+            batch = collate(pairs, group, **args.rows)
             policies["simpo"](batch.to(policies["simpo"].lm.device))
 
     def build_and_read():
@@ -354,8 +358,8 @@ def main(argv=None):
     section = reference_pass if args.reference_pass else count_table if args.count else methods_table
     figures = updates() if args.updates else {args.shape: section(args)}
     if args.json:
-        data.write_json(args.json, data.made_by() | {"torch": torch.__version__, "figures": figures})
+        runtime.write_json(args.json, runtime.made_by() | {"torch": torch.__version__, "figures": figures})
 
 
 if __name__ == "__main__":
-    data.run_script(main)
+    runtime.run_script(main)

@@ -12,9 +12,11 @@ from pathlib import Path
 import torch.distributed as dist
 
 import data
+import runtime
 import train
 from eval_diversity import sample_responses
-from train import refuse
+from runtime import refuse
+from settings import Config
 
 # Each benchmark's temperature, MT-Bench's differs in some categories; and where a record has its questions.
 TEMPERATURES = {"alpaca_eval": 0.7, "arena_hard": 0.0, "mt_bench": 0.7}
@@ -92,26 +94,26 @@ def main(argv=None):
     add("--seed", type=int, default=0, help="of sampling (0)")
     args = parser.parse_args(argv)
     kind, out = args.kind, Path(args.out)
-    data.check_output("out", out, folder=False)
+    runtime.check_output("out", out, folder=False)
     for name, low in (("max_new_tokens", 1), ("seed", 0), ("temperature", 0)):
         if (value := getattr(args, name)) is not None and value < low:
             refuse(f"--{name} {value}: must be at least {low}")
     if out.suffix != (".json" if kind == "alpaca_eval" else ".jsonl"):
         refuse(f"--out {out}: AlpacaEval reads a .json file, the others .jsonl")
-    device, tokenizer = data.start_processes(), data.load_tokenizer(args.model)
+    device, tokenizer = runtime.start_processes(), data.load_tokenizer(args.model)
     questions = read_questions(kind, args.questions)
-    lm = train.load_lm(args.model, device, dtype=train.torch_dtype(train.Config(), device))
+    lm = train.load_lm(args.model, device, dtype=train.torch_dtype(Config(), device))
     sampling = {name: getattr(args, name) for name in ("temperature", "seed", "max_new_tokens")}
     answers = answer_all(lm, tokenizer, kind, questions, **sampling)
     answered = zip(questions, answers, strict=True)
     records = [answer_record(kind, *question, said, out.stem) for question, said in answered]
-    if data.ranks()[0] == 0:
+    if runtime.ranks()[0] == 0:
         lines = "".join(json.dumps(record) + "\n" for record in records)
-        data.write_text(out, json.dumps(records, indent=1) if kind == "alpaca_eval" else lines)
+        runtime.write_text(out, json.dumps(records, indent=1) if kind == "alpaca_eval" else lines)
         print(f"{out}: {len(records)} answers")
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    data.run_script(main)
+    runtime.run_script(main)

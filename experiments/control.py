@@ -27,12 +27,15 @@ import torch
 import data
 import fpo
 import losses
+import runtime
 import toy
 import train
+from batches import collate, stream
 from eval_diversity import sample_responses
 from experiments import reproduce
 from sae import SiteHook
 from scale import pooled_features
+from settings import parse_args as parse_run_args
 
 PAIRS, PAIRS_AT_ONCE = 500, 8  # held-out pairs that are measured; their logits are made whole, (R, L, V)
 
@@ -74,7 +77,7 @@ def weighted_loss(features, method, policy, reference, *, units=(), **settings):
 
 def state_encoder(config):
     """An encoder that gives the state itself: identity, no bias, and a threshold that everything exceeds."""
-    device, d = data.start_processes(), train.load_config(config.model).get_text_config().hidden_size
+    device, d = runtime.start_processes(), train.load_config(config.model).get_text_config().hidden_size
     b_enc, threshold = torch.zeros(d, device=device), torch.full((d,), -torch.inf, device=device)
     return SimpleNamespace(d=d, m=d, W_enc=torch.eye(d, device=device), b_enc=b_enc, threshold=threshold)
 
@@ -106,24 +109,24 @@ def read(lm, batch, layer: int, sae=None):
 def measure(config) -> dict:
     """What training did to the SAE's fit, to single tokens and to features, on the first held-out pairs.
 
-    Returns, of the chosen responses' tokens, l0, fvu (toy.sae_figures) and cross_entropy (nats), also with
+    Returns, of the chosen responses' tokens, l0, fvu (sae.sae_figures) and cross_entropy (nats), also with
     the reconstruction in the states' place; the ends of a token's log π_θ − log π_ref, nats; feature_change:
     (m,) mean |c̄_θ − c̄_ref| over all responses.
     """
-    device = data.start_processes()
+    device = runtime.start_processes()
     (sae, *_), ((layer, site), *_) = train.load_saes(config, device)
     if site != "res":
-        raise data.UserError(f"--sae_site {site}: the reconstruction is spliced in at `res` alone")
+        raise runtime.UserError(f"--sae_site {site}: the reconstruction is spliced in at `res` alone")
     sae.to(device)  # the decoder too
     tokenizer = data.load_tokenizer(config.model)
     pairs = train.load_data("eval_dataset", config, tokenizer)
-    rows = train.rows_of(config, tokenizer, pairs, device)
+    rows = train.choose_layout(config, tokenizer, pairs, device)
     names, dtype = (config.model, config.reference), train.torch_dtype(config, device)
     lm, ref_lm = (train.load_lm(name, device, dtype=dtype).eval() for name in names)
 
     columns: dict[str, list[torch.Tensor]] = {}
     for start in range(0, min(PAIRS, len(pairs)), PAIRS_AT_ONCE):
-        batch = data.collate(pairs, range(start, min(start + PAIRS_AT_ONCE, len(pairs))), **rows).to(device)
+        batch = collate(pairs, range(start, min(start + PAIRS_AT_ONCE, len(pairs))), **rows).to(device)
         (logps, h), (ref_logps, ref_h) = read(lm, batch, layer), read(ref_lm, batch, layer)
         spliced, _ = read(lm, batch, layer, sae)
         chosen = batch.owner < len(batch.lengths) // 2  # (N,): the batch's first half of responses
@@ -134,7 +137,7 @@ def measure(config) -> dict:
         for name, values in here.items():
             columns.setdefault(name, []).append(values)
     whole = {name: torch.cat(values) for name, values in columns.items()}
-    found = toy.sae_figures(sae, whole["states"])
+    found = sae.sae_figures(sae, whole["states"])
     found |= {name: whole[name].mean().item() for name in ("cross_entropy", "cross_entropy_spliced")}
     for side in ("chosen", "rejected"):
         found |= {f"{side}_largest": whole[side].max().item(), f"{side}_smallest": whole[side].min().item()}
@@ -149,14 +152,14 @@ def feature_statistics(config, sides) -> list[tuple[torch.Tensor, torch.Tensor]]
     The mean is over responses, of the first SAE's pooled c̄ (Eq. 10); the largest is at a single token.
     sides: data.Pairs each.
     """
-    device, tokenizer, found = data.start_processes(), data.load_tokenizer(config.model), []
+    device, tokenizer, found = runtime.start_processes(), data.load_tokenizer(config.model), []
     lm = train.load_lm(config.model, device, dtype=train.torch_dtype(config, device))
     policy = fpo.Policy(lm, *train.load_saes(config, device)).eval()
-    sae, rows = policy.saes[0], train.rows_of(config, tokenizer, sides[0], device)
+    sae, rows = policy.saes[0], train.choose_layout(config, tokenizer, sides[0], device)
     for pairs in sides:
         total = largest = torch.zeros(sae.m, device=device)
         groups = [range(start, min(start + 16, len(pairs))) for start in range(0, len(pairs), 16)]
-        for batch, _ in data.stream(pairs, groups, device=device, **rows):
+        for batch, _ in stream(pairs, groups, device=device, **rows):
             h = policy.read_sites(batch)[0]  # (N, d), what the SAE reads
             c = pooled_features(h, sae, batch.owner, batch.lengths)  # (2B, m); no rejected ones: 0
             total, largest = total + c.double().sum(0), torch.maximum(largest, sae.encode(h).amax(0))
@@ -208,7 +211,7 @@ def style_shares(config) -> dict:
 def parse_args(argv=None):
     """(our flags, the words that are train.py's, or reproduce.py's)."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.error = train.refuse
+    parser.error = runtime.refuse
     flag, variants = parser.add_argument, ("no_length_norm", "no_sae", "random", *toy.STYLES)
     flag(
         "--task", choices=(*variants, "measure", "styles"), help="what to train or to measure; none: Table 4"
@@ -224,19 +227,21 @@ def main(argv=None):
     args, other_flags = parse_args(argv)
     if not args.task and not args.responses:
         if args.criterion != "difference":
-            train.refuse(f"--criterion {args.criterion}: it needs --responses or a style as --task")
+            runtime.refuse(f"--criterion {args.criterion}: it needs --responses or a style as --task")
         return reproduce.main(["control", *other_flags])
-    config = train.parse_args(other_flags)
+    config = parse_run_args(other_flags)
     if args.task in ("measure", "styles") and not args.json:
-        raise data.UserError(f"--task {args.task}: --json is needed, the file to write")
-    data.start_processes()
+        raise runtime.UserError(f"--task {args.task}: --json is needed, the file to write")
+    runtime.start_processes()
     train.make_toy_world(config)
     if args.task == "no_length_norm":
         return train.main(config, loss_function=loss_without_length_norm)
     if args.task == "no_sae":
         return train.main(config, loss_function=loss_of_states, encoders=[state_encoder(config)])
     if args.task in ("measure", "styles"):
-        return data.write_json(args.json, measure(config) if args.task == "measure" else style_shares(config))
+        return runtime.write_json(
+            args.json, measure(config) if args.task == "measure" else style_shares(config)
+        )
     if args.responses:  # without a rejected one they are read as SFT's are
         tokenizer = data.load_tokenizer(config.model)
         configs = [dataclasses.replace(config, method="sft", dataset=source) for source in args.responses]
@@ -245,10 +250,10 @@ def main(argv=None):
         sides = style_sides(config, "polite" if args.task == "random" else args.task)
     criterion = "random" if args.task == "random" else args.criterion
     features = choose_features(*feature_statistics(config, sides), criterion, seed=config.seed)
-    if data.ranks()[0] == 0:
+    if runtime.ranks()[0] == 0:
         print(f"weight 1 on features {features}, 0 on all others")
     train.main(config, loss_function=partial(weighted_loss, features))
 
 
 if __name__ == "__main__":
-    data.run_script(main)
+    runtime.run_script(main)

@@ -25,7 +25,8 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 
 import scale
 from experiments.plan import parameters_of
-from fpo import NEEDED, attention_mask
+from fpo import attention_mask
+from losses import NEEDED
 
 # The makers' figures: FLOP/s of dense products in bf16, and in TF32 for the SAE; bytes/s of the memory.
 CARDS = {"H100": {"bfloat16": 989e12, "tf32": 494e12, "memory": 3.35e12}}
@@ -36,7 +37,7 @@ WAYS = ("eager", "compiled", "fused")
 CLIP = (38, 38, 2)
 UPDATE = {"adam": (162, 162, 26), "rmsprop": (142, 142, 18)}
 # Operations that move nothing, or next to nothing: they pick or put single values.
-FREE = ("index", "gather", "scatter_add", "embedding", "empty", "_unsafe_view")
+MAY_CHANGE_ON_RESUME = ("index", "gather", "scatter_add", "embedding", "empty", "_unsafe_view")
 
 
 # Products: torch's formulas, and that of the one that it leaves out, x.addmm_(a, b), by shapes.
@@ -65,7 +66,7 @@ class Counter(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         product = func.overloadpacket in FLOPS or "attention" in name
-        free = func.is_view or func.namespace == "prim" or name.startswith(FREE)
+        free = func.is_view or func.namespace == "prim" or name.startswith(MAY_CHANGE_ON_RESUME)
         if free or (name == "_to_copy" and not self.widening and size(out) > size(args[0])):
             return out
         sources = args[1:] if name == "copy_" else (args, kwargs)

@@ -16,9 +16,9 @@ import itertools
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config
 
-from fpo import NEEDED
+from losses import NEEDED
 from scale import VOCABULARY_SLICE
-from train import PRESETS, Config
+from settings import PRESETS, Config
 
 # What differs from Gemma2Config's defaults, which are the 2B model's.
 GEMMA_2: dict[str, dict] = {"gemma-2-2b": {}, "gemma-2-9b": {"hidden_size": 3584, "intermediate_size": 14336}}

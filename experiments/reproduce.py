@@ -31,10 +31,11 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-import data
+import runtime
 import toy
-import train
 from eval_diversity import SHARED
+from settings import PRESETS, TABLE_5
+from settings import parse_args as parse_run_args
 
 # Of each method the name, a colour legible on white and on black, and the paper's numbers of Gemma-2-2B, by
 # the tables' columns (Tables 2 and 6; the review's largest and smallest log-ratio of a token, seconds).
@@ -112,7 +113,7 @@ def make_run(args, method: str, flags: str, seed: int) -> dict:
     """
     name, preset, own = name_of(method, flags), f"--preset {args.preset}", shlex.join(args.train_flags)
     out, task = f"{args.out}/{name}_seed{seed}", f"train.py --method {method}"
-    if method not in train.TABLE_5:
+    if method not in TABLE_5:
         task = f"-m experiments.control --task {method}"
     models = f"--model {args.start if method == 'sft' else f'{out}/model'} --reference {args.start}"
     training = f"{args.python} {task} {preset} --model {args.start} --seed {seed} --out {out}"
@@ -145,9 +146,9 @@ def do_run(run: dict) -> str:
         for text in run["commands"]:
             words, env = [sys.executable, *shlex.split(text)[1:]], {**os.environ, "OMP_NUM_THREADS": "1"}
             if status := subprocess.run(words, stdout=log, stderr=log, env=env).returncode:
-                raise data.UserError(f"{text}: ended with status {status}, see {folder / 'log.txt'}")
-    made = data.made_by() | {"seconds": round(time.perf_counter() - began, 1)}
-    data.write_json(folder / "run.json", run | made)
+                raise runtime.UserError(f"{text}: ended with status {status}, see {folder / 'log.txt'}")
+    made = runtime.made_by() | {"seconds": round(time.perf_counter() - began, 1)}
+    runtime.write_json(folder / "run.json", run | made)
     return run["folder"]
 
 
@@ -282,9 +283,9 @@ def save(figure, path: Path):
 def publish(args, rows, tables: dict, figures: dict):
     """Write rows into results.json, the tables as TASK.md, the figures as SVG; print the tables."""
     assets, text = Path(args.assets), "\n".join(f"**{title}**\n\n{body}" for title, body in tables.items())
-    results = read_json(assets / "results.json") | {args.task: data.made_by() | {"rows": rows}}
-    data.write_json(assets / "results.json", results)
-    data.write_text(assets / f"{args.task}.md", text)
+    results = read_json(assets / "results.json") | {args.task: runtime.made_by() | {"rows": rows}}
+    runtime.write_json(assets / "results.json", results)
+    runtime.write_text(assets / f"{args.task}.md", text)
     for name, figure in figures.items():
         save(figure, assets / f"{name}.svg")
     print(text)
@@ -444,19 +445,21 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     flag = parser.add_argument
     flag("task", choices=("comparison", "ablation", "frontier", "control"))
-    flag("--preset", default="toy", choices=train.PRESETS, help="train.py's (toy)")
+    flag("--preset", default="toy", choices=PRESETS, help="train.py's (toy)")
     flag("--model", help="the SFT model that all start from (the preset's, made if missing)")
     flag("--seeds", type=int, nargs="+", help="(0 1 2; frontier 0)")
     flag("--samples", type=int, default=25, help="responses a prompt for the entropy (25)")
     flag("--out", help="folder of all runs (runs/PRESET/reproduce, or control)")
     flag("--assets", default="assets", help="folder of results.json, tables and figures (assets)")
     args, args.train_flags = parser.parse_known_args(argv)
-    allowed = {"ablation": ("toy", "gemma-2-2b"), "control": ("toy",)}.get(args.task, train.PRESETS)
+    allowed = {"ablation": ("toy", "gemma-2-2b"), "control": ("toy",)}.get(args.task, PRESETS)
     if args.preset not in allowed:
-        raise data.UserError(f"{args.task} --preset {args.preset}: one of {', '.join(allowed)}")
+        raise runtime.UserError(f"{args.task} --preset {args.preset}: one of {', '.join(allowed)}")
     for word in args.train_flags:  # a run has its own seed; scoring_flags takes names as train.py spells them
         if re.match(r"--(seed|method|reference)$|--\w*[-=]", word):
-            raise data.UserError(f"{word}: not taken here; write --NAME VALUE, with _, and --seeds for seeds")
+            raise runtime.UserError(
+                f"{word}: not taken here; write --NAME VALUE, with _, and --seeds for seeds"
+            )
     is_toy = args.preset == "toy"
     cards = 0 if is_toy else torch.cuda.device_count()
     many = f" -m torch.distributed.run --standalone --nproc_per_node {cards}"
@@ -466,7 +469,7 @@ def parse_args(argv=None):
     # Control measures other things of the same settings: its runs are its own.
     args.out = args.out or f"runs/{args.preset}/{'control' if args.task == 'control' else 'reproduce'}"
     args.start = args.model or ("runs/toy/model" if is_toy else f"runs/{args.preset}/sft/model")
-    args.alpha = train.parse_args(["--preset", args.preset, "--model", args.start, *args.train_flags]).alpha
+    args.alpha = parse_run_args(["--preset", args.preset, "--model", args.start, *args.train_flags]).alpha
     return args
 
 
@@ -483,4 +486,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    data.run_script(main)
+    runtime.run_script(main)

@@ -27,8 +27,11 @@ from tqdm import tqdm
 import data
 import fpo
 import losses
+import runtime
 import train
+from batches import collate
 from scale import pooled_features
+from settings import parse_args as parse_run_args
 
 STEPS = (5, 10, 20, 45, 100)  # the models that are measured: trained so far
 RUN = ["--preset", "toy", "--eval_every", "0"]
@@ -88,11 +91,11 @@ def summarise(table, owner, c_ref, c, *, k: int, ceiling: float) -> dict:
 @torch.no_grad()
 def bounds(config) -> dict:
     """The theorem on the held-out pairs of a run, of a Gemma-2 whose SAE reads its last layer."""
-    device, tokenizer = data.start_processes(), data.load_tokenizer(config.model)
+    device, tokenizer = runtime.start_processes(), data.load_tokenizer(config.model)
     (sae,), sites = train.load_saes(config, device)
     pairs = train.load_data("eval_dataset", config, tokenizer)
-    n, rows = len(pairs), train.rows_of(config, tokenizer, pairs, device)
-    batches = [data.collate(pairs, range(i, min(n, i + 8)), **rows).to(device) for i in range(0, n, 8)]
+    n, rows = len(pairs), train.choose_layout(config, tokenizer, pairs, device)
+    batches = [collate(pairs, range(i, min(n, i + 8)), **rows).to(device) for i in range(0, n, 8)]
     # (N,) each position's response: i for pair i's chosen, n + i for its rejected.
     owner = torch.cat([torch.cat([b.index, n + b.index])[b.owner] for b in batches])
     names, dtype = (config.reference, f"{config.out}/model"), train.torch_dtype(config, device)
@@ -123,18 +126,18 @@ def markdown(rows) -> str:
 def main(argv=None):
     """Train, measure, write, print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.error = train.refuse
+    parser.error = runtime.refuse
     parser.parse_args(argv)  # it has no flags but --help
     rows, path = [], Path("assets/theorem.json")
     for steps in tqdm(STEPS, "theorem", unit=" models"):  # the same run each time, ended earlier or later
-        config = train.parse_args([*RUN, "--steps", str(steps), "--out", f"runs/toy/theorem/step_{steps}"])
+        config = parse_run_args([*RUN, "--steps", str(steps), "--out", f"runs/toy/theorem/step_{steps}"])
         train.main(config)
         rows.append(bounds(config))
-    made, text = data.made_by(), markdown(rows)
-    data.write_json(path, made | {"rows": rows})
-    data.write_text(path.with_suffix(".md"), text)
+    made, text = runtime.made_by(), markdown(rows)
+    runtime.write_json(path, made | {"rows": rows})
+    runtime.write_text(path.with_suffix(".md"), text)
     print(text)
 
 
 if __name__ == "__main__":
-    data.run_script(main)
+    runtime.run_script(main)

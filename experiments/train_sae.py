@@ -18,16 +18,18 @@ import torch
 from tqdm import tqdm
 
 import data
+import runtime
+from batches import epoch_order, micro_batches, stream
 from fpo import attention_mask
-from sae import MODULES, JumpReLUSAE, SiteHook
-from toy import sae_figures, train_sae, write_sae
-from train import load_lm, refuse, rows_of
+from runtime import refuse
+from sae import MODULES, JumpReLUSAE, SiteHook, sae_figures, train_sae, write_sae
+from train import choose_layout, load_lm
 
 
 def choose_pairs(pairs, tokens):
     """Indices of pairs, at random until they have `tokens` response tokens: nine tenths, one held out."""
     order, total = [], 0
-    for i in data.epoch_order(len(pairs), 0, 0).tolist():
+    for i in epoch_order(len(pairs), 0, 0).tolist():
         if total < tokens:
             order.append(i)
             total += len(pairs[i][1]) + len(pairs[i][2])
@@ -40,11 +42,11 @@ def choose_pairs(pairs, tokens):
 def read_states(lm, hook, pairs, indices, rows, max_tokens=4096):
     """States (n, d) that predict the response tokens of some pairs: what an SAE of the hook's site reads.
 
-    rows: layout and padding, as `train.rows_of` gives them.
+    rows: layout and padding, as `train.choose_layout` gives them.
     """
     lengths, states = pairs.row_lengths(rows["layout"], rows["row_multiple"]), []
-    groups = data.micro_batches(indices, lengths, 1, max_tokens=max_tokens)
-    batches = data.stream(pairs, groups, device=lm.device, **rows)
+    groups = micro_batches(indices, lengths, 1, max_tokens=max_tokens)
+    batches = stream(pairs, groups, device=lm.device, **rows)
     for batch, _ in tqdm(batches, "states", len(groups)):
         mask = attention_mask(batch, lm.config.get_text_config(), lm.dtype)
         given = {"input_ids": batch.tokens, "position_ids": batch.positions, "attention_mask": mask}
@@ -54,7 +56,7 @@ def read_states(lm, hook, pairs, indices, rows, max_tokens=4096):
 
 
 def train_centred(states, **settings):
-    """`toy.train_sae` of states (n, d) less their mean, which then goes into the biases.
+    """`sae.train_sae` of states (n, d) less their mean, which then goes into the biases.
 
     So the loss weighs L0 against the states' variance: many models add a large constant to their states.
     Changes `states` in place.
@@ -81,10 +83,10 @@ def main(argv=None):
     add("--steps", type=int, default=2000, help="of 256 states each (2000)")
     add("--l0_weight", type=float, default=1e-3, help="what an active feature costs, in variances (1e-3)")
     args = parser.parse_args(argv)
-    data.check_output("out", args.out, folder=True)
+    runtime.check_output("out", args.out, folder=True)
     if min(args.width, args.tokens, args.steps) < 1 or args.l0_weight < 0:
         refuse("--width, --tokens, --steps: must be at least 1; --l0_weight: at least 0")
-    device = data.start_processes()
+    device = runtime.start_processes()
     tokenizer, lm = data.load_tokenizer(args.model), load_lm(args.model, device).eval()
     if args.layer is None:
         args.layer = lm.config.get_text_config().num_hidden_layers - 1
@@ -94,18 +96,18 @@ def main(argv=None):
         refuse(f"--layer {args.layer}: {error}")
     pairs = data.load_pairs(args.dataset, tokenizer)
     train, held_out = choose_pairs(pairs, args.tokens)
-    rows = rows_of(SimpleNamespace(layout="auto"), tokenizer, pairs, device)
+    rows = choose_layout(SimpleNamespace(layout="auto"), tokenizer, pairs, device)
     states, others = (read_states(lm, hook, pairs, indices, rows) for indices in (train, held_out))
     del lm, hook
     print(f"{len(states):,} states of {len(train)} pairs to train on, {len(others):,} of others held out")
 
     arrays = train_centred(states, width=args.width, steps=args.steps, lr=3e-3, l0_weight=args.l0_weight)
     figures = sae_figures(JumpReLUSAE(**arrays).to(device), others)
-    with data.writing(args.out, keep=True):
+    with runtime.writing(args.out, keep=True):
         path = write_sae(args.out, arrays, args.layer, args.site, figures["l0"])
     print(f"held out: L0 {figures['l0']:.1f}, FVU {figures['fvu']:.3f}, dead features {figures['dead']:.1%}")
     print(path)
 
 
 if __name__ == "__main__":
-    data.run_script(main)
+    runtime.run_script(main)

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-import data
+import runtime
 import scale
 from experiments import bench, count
 
@@ -92,5 +92,5 @@ def test_limits_of_an_h100(shape, eager, compiled, fused):
 
 @pytest.mark.parametrize("flag, value", [("rounds", "0"), ("shape", "huge")])
 def test_wrong_flags_end_in_one_line(flag, value):
-    with pytest.raises(data.UserError, match=f"--{flag}.* '?{value}"):
+    with pytest.raises(runtime.UserError, match=f"--{flag}.* '?{value}"):
         bench.main([f"--{flag}", value])

@@ -7,8 +7,8 @@ import torch
 from conftest import make_lm
 from test_eval import make_tokenizer
 
-from data import UserError
 from experiments import benchmarks, control
+from runtime import UserError
 
 ALPACA = [{"instruction": "w10 w9", "output": "theirs", "generator": "other", "dataset": "koala"}]
 ARENA = [{"uid": "a1", "category": "math", "prompt": "w20 w21"}, {"uid": "a2", "prompt": "w22"}]

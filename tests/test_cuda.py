@@ -11,8 +11,9 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 import fpo
 import offline
 import scale
-from data import collate, start_processes
+from batches import collate
 from experiments.bench import TINY
+from runtime import start_processes
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
 ROWS = {"layout": "shared", "row_multiple": 128}

@@ -23,8 +23,12 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import Gemma2Config, PreTrainedTokenizerFast
 
+import batches
 import data
-from data import Chat, Pairs, UserError, collate, epoch_order, load_pairs, micro_batches
+import runtime
+from batches import collate, epoch_order, micro_batches
+from data import Chat, Pairs, load_pairs
+from runtime import UserError
 
 BOS, EOS, START, END = 2, 1, 106, 107  # Gemma's ids
 MERGES = [("\n", "g"), ("o", "o"), ("oo", "d")]  # "\ng": a line's end and a response's first letter
@@ -776,11 +780,11 @@ def test_stream_gives_batches_and_what_is_looked_up():
         return Statistics(index.double(), features=(index[:, None],))
 
     options = {"device": "cpu", "lookup": lookup, "layout": "shared"}
-    (first, reference), (empty, other) = data.stream(PAIRS, [[1, 0], []], **options)
+    (first, reference), (empty, other) = batches.stream(PAIRS, [[1, 0], []], **options)
     assert first.index.tolist() == [1, 0] and first.weight.tolist() == [1, 1] and first.doc.max() == 1
     assert isinstance(reference, Statistics) and reference.features[0].tolist() == [[1], [0]]
     assert empty.weight.tolist() == [0] and other.logps.tolist() == [0]  # keeps a rank busy
-    assert [reference for _, reference in data.stream(PAIRS, [[0]], device="cpu")] == [None]
+    assert [reference for _, reference in batches.stream(PAIRS, [[0]], device="cpu")] == [None]
 
 
 # ---------------------------------------------------------------- steps
@@ -832,13 +836,13 @@ def test_epoch_order():
 # ---------------------------------------------------------------- files and ranks
 def test_writing_leaves_the_old_file_or_the_new_one(tmp_path):
     path = tmp_path / "new/a.json"
-    data.write_json(path, {"π": 1})
+    runtime.write_json(path, {"π": 1})
     assert json.loads(path.read_text()) == {"π": 1} and [p.name for p in path.parent.iterdir()] == ["a.json"]
     with pytest.raises(UserError, match=r"new/a\.json/b") as error:
-        data.write_text(path / "b", "text")
+        runtime.write_text(path / "b", "text")
     assert not error.value.everywhere
     for keep in (False, True):
-        with pytest.raises(UserError, match="half: disk full"), data.writing(tmp_path / "half", keep=keep):
+        with pytest.raises(UserError, match="half: disk full"), runtime.writing(tmp_path / "half", keep=keep):
             (tmp_path / "half").write_text("be")
             raise OSError("disk full")
         assert (tmp_path / "half").exists() == keep
@@ -848,38 +852,38 @@ HOLDER = "import filelock, sys; _ = filelock.FileLock(sys.argv[1]).acquire(); pr
 
 
 def test_a_folder_is_held_by_one_process(tmp_path, capsys):
-    with data.hold(tmp_path), data.hold(tmp_path):  # a process may hold it again
+    with runtime.lock_folder(tmp_path), runtime.lock_folder(tmp_path):  # a process may hold it again
         pass
     words = [sys.executable, "-c", HOLDER, tmp_path / "lock"]
     other = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "1\n"
     with pytest.raises(UserError, match="another process writes there"):
-        data.hold(tmp_path)
+        runtime.lock_folder(tmp_path)
     threading.Timer(0.3, other.communicate, ["\n"]).start()
-    with data.hold(tmp_path, wait=True):
+    with runtime.lock_folder(tmp_path, wait=True):
         assert other.wait(10) == 0 and "another process works there; waiting" in capsys.readouterr().out
 
 
 def test_outputs_are_tried_before_the_work(tmp_path):
     (tmp_path / "file").write_text("")
-    data.check_output("out", tmp_path / "a/b", folder=True)
-    data.check_output("json", tmp_path / "file", folder=False)
+    runtime.check_output("out", tmp_path / "a/b", folder=True)
+    runtime.check_output("json", tmp_path / "file", folder=False)
     for path, folder in ((tmp_path, False), (tmp_path / "file", True), (tmp_path / "file/a", True)):
         with pytest.raises(UserError, match=r"--out .* can be written there"):
-            data.check_output("out", path, folder=folder)
+            runtime.check_output("out", path, folder=folder)
 
 
 def test_an_error_is_one_line(monkeypatch, capsys):
     for rank, everywhere, said in ((0, True, "error: no"), (1, True, ""), (1, False, "error (rank 1): no")):
         monkeypatch.setenv("RANK", str(rank))
         with pytest.raises(SystemExit) as end:
-            data.run_script(unittest.mock.Mock(side_effect=UserError("no", everywhere)))
+            runtime.run_script(unittest.mock.Mock(side_effect=UserError("no", everywhere)))
         assert end.value.code == 2 and capsys.readouterr().err.strip() == said
 
 
 def test_the_library_s_errors_name_what_failed():
     message = "model 'owner/name' can't be loaded: outer inner words"
-    with pytest.raises(UserError, match=message), data.hub_errors("model", "owner/name"):
+    with pytest.raises(UserError, match=message), runtime.hub_errors("model", "owner/name"):
         raise OSError("outer\n inner") from ValueError("words")
 
 
@@ -890,10 +894,10 @@ def in_two_ranks(rank, folder):
     encode, calls = data.encode, []
     data.encode = lambda *args, **options: calls.append(0) or encode(*args, **options)
     pairs = load_pairs(f"{folder}/data.jsonl", GEMMA_IT)
-    assert data.ranks() == (rank, 2)
+    assert runtime.ranks() == (rank, 2)
     with pytest.raises(UserError, match="0 usable records"):
         load_pairs(f"{folder}/bad.jsonl", GEMMA_IT)
-    assert data.lockstep([[0]] * (1 + rank), "cpu") == [[[0], []], [[0], [0]]][rank]
+    assert batches.lockstep([[0]] * (1 + rank), "cpu") == [[[0], []], [[0], [0]]][rank]
     Path(f"{folder}/rank_{rank}").write_text(json.dumps([pairs.digest(), len(calls)]))
 
 

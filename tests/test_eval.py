@@ -15,9 +15,11 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 import eval_diversity
 import fpo
 import losses
-import train
-from data import Pairs, UserError
+import metrics
+import settings
+from data import Pairs
 from eval_diversity import Settings, evaluate, sample_responses
+from runtime import UserError
 from sae import ARRAYS
 
 WORDS = [*(f"w{i}" for i in range(8, V - 4)), "the", "answer", "is", "here"]
@@ -41,7 +43,7 @@ def make_tokenizer():
 def make_settings(config=None, units=(), **changes):
     """Settings as parse_args leaves them, without a bootstrap."""
     settings = Settings(**{"bootstrap": 0, **changes})
-    settings.config, settings.units = config or train.Config(k=12), list(units)
+    settings.config, settings.units = config or settings.Config(k=12), list(units)
     return settings
 
 
@@ -152,15 +154,15 @@ def test_intervals_of_a_share_are_binomial():
     hit = torch.tensor([1.0] * hits + [0.0] * (n - hits))
     one, length = torch.ones(n), torch.arange(1.0, n + 1)
     columns = {"share": (hit, one), "ratio": (3 * length, length)}
-    scores = eval_diversity.summary([columns], bootstrap=4000, seed=1)
+    scores = metrics.summary([columns], bootstrap=4000, seed=1)
     assert scores["share"] == 0.75 and scores["ratio"] == pytest.approx(3)
     chances = [math.comb(n, i) * 0.75**i * 0.25 ** (n - i) for i in range(n + 1)]
     below = list(itertools.accumulate(chances))
     exact = [next(i for i, c in enumerate(below) if c >= q) / n for q in (0.025, 0.975)]
     assert scores["intervals"]["share"] == pytest.approx(exact, abs=1.01 / n)
     assert scores["intervals"]["ratio"] == pytest.approx([3, 3])
-    assert scores == eval_diversity.summary([columns], bootstrap=4000, seed=1)
-    assert "intervals" not in eval_diversity.summary([columns])
+    assert scores == metrics.summary([columns], bootstrap=4000, seed=1)
+    assert "intervals" not in metrics.summary([columns])
 
 
 # ---------------------------------------------------------------------------- sampling
@@ -240,7 +242,7 @@ def test_distinct_and_self_bleu_by_hand():
     assert eval_diversity.distinct(["a"], 2) == 0
     totals = torch.tensor([[[2.0, -3.0, 2], [4.0, -8.0, 4]], [[1.0, -1.0, 1], [5.0, -2.0, 4]]]).double()
     columns = eval_diversity.sample_columns([["a b", "a b"], ["c", "d"]], totals)
-    scores = eval_diversity.summary([columns])
+    scores = metrics.summary([columns])
     assert scores["entropy"] == pytest.approx(12 / 11), "over all tokens"
     assert scores["predictive_entropy"] == 14 / 4
     assert scores["predictive_entropy_per_token"] == pytest.approx((1.5 + 2 + 1 + 0.5) / 4)
@@ -268,7 +270,7 @@ def run(tmp_path, lm, tokenizer, monkeypatch):
             file.write(json.dumps(dict(zip(("prompt", "chosen", "rejected"), words, strict=True))) + "\n")
     words = "--method fpo --model reference --dataset pairs.jsonl --eval_dataset pairs.jsonl --sae sae.npz"
     words += " --sae_layer 1 --k 7 --max_length 99 --max_prompt_length 50"
-    config = train.parse_args(words.split())
+    config = settings.parse_args(words.split())
     (tmp_path / "run/config.json").write_text(json.dumps(vars(config) | {"units": [9.0]}))
     return tmp_path
 

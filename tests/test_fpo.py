@@ -13,8 +13,12 @@ from transformers import Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaFo
 
 import fpo
 import losses
+import metrics
 import offline
-from data import Pairs, UserError, collate, load_pairs, load_tokenizer
+from audit import audit
+from batches import collate
+from data import Pairs, load_pairs, load_tokenizer
+from runtime import UserError
 from sae import load_sae
 from scale import tf32
 
@@ -73,7 +77,7 @@ def test_forward_is_the_written_maths(kind, rows, saes):
     torch.testing.assert_close(ref.logps, expected["ref_logps"], atol=2e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("method", fpo.METHODS)
+@pytest.mark.parametrize("method", losses.METHODS)
 @pytest.mark.parametrize("rows", LAYOUTS[1:4:2], ids=str)
 def test_loss_and_gradient_are_those_of_plain_logits(lm, reference, saes, method, rows):
     """Loss and every weight's gradient, against losses.py on transformers' own logits."""
@@ -129,9 +133,9 @@ def test_step_zero_is_the_reference(reference, saes, tmp_path):
                 assert values[f"{name}_{side}"].abs().max() < 1e-5, name
         for beside in (reference, None):
             policy.hold_reference(beside and policy_of(beside, saes))
-            table = fpo.score_pairs(policy, pairs, lookup=cache.lookup, layout="shared")
+            table = metrics.score_pairs(policy, pairs, lookup=cache.lookup, layout="shared")
             for name in ("reward_accuracy", "reward_accuracy_sum", "reward_accuracy_mean"):
-                above, below = fpo.pair_columns(table, method=method)[name]
+                above, below = metrics.pair_columns(table, method=method)[name]
                 assert (above.sum() / below.sum()).item() == 0.5, name
 
 
@@ -227,7 +231,7 @@ def test_models_that_do_not_fit(reference):
 def test_audit_measures_the_difference(lm, saes):
     """Our forward and transformers' own agree to rounding, in both layouts; the window of 9 is tested."""
     for rows in LAYOUTS:
-        found = fpo.audit(policy_of(lm, saes), make_pairs(6), k=4, **rows)
+        found = audit.audit(policy_of(lm, saes), make_pairs(6), k=4, **rows)
         assert found["difference"] < 1e-5 and found["floor"] < 1e-9 and found["window"] == 9
 
 
@@ -270,7 +274,7 @@ def test_audit_refuses(lm, saes, fault, monkeypatch):
         head = policy.lm.lm_head
         head.register_forward_pre_hook(lambda m, args: (args[0] * 1.5,))
     with pytest.raises(UserError, match=says):
-        fpo.audit(policy, make_pairs(6), layout="shared")
+        audit.audit(policy, make_pairs(6), layout="shared")
 
 
 def test_bf16_weights_have_a_float32_residual_stream(world):
@@ -287,7 +291,7 @@ def test_bf16_weights_have_a_float32_residual_stream(world):
     far, near = (fpo.feature_distance(x.features, truth.features, k=50).mean() for x in (rounded, ours))
     assert 0 < near < 0.7 * far
     policy.dtype = torch.bfloat16  # the floor that the audit prints agrees with this count
-    assert near / 2 < fpo.noise_floor(policy, pairs, layout="shared") < 2 * near
+    assert near / 2 < audit.noise_floor(policy, pairs, layout="shared") < 2 * near
 
 
 def test_rounding_of_products():
@@ -298,7 +302,7 @@ def test_rounding_of_products():
     ):  # fmt: skip
         policy = SimpleNamespace(dtype=dtype, lm=SimpleNamespace(device=torch.device(device)))
         with tf32(allowed):
-            assert fpo.machine_epsilon(policy) == 2**-bits and 2**-bits in fpo.TOLERANCE
+            assert audit.machine_epsilon(policy) == 2**-bits and 2**-bits in audit.TOLERANCE
 
 
 # ---- scores
@@ -314,7 +318,7 @@ def test_rewards_and_ties_by_hand():
     table = {name: torch.tensor(column, dtype=torch.float64) for name, column in table.items()}
 
     def score(**options):
-        columns = fpo.pair_columns(table, **options).items()
+        columns = metrics.pair_columns(table, **options).items()
         return {name: (above.sum() / below.sum()).item() for name, (above, below) in columns}
 
     found = score()

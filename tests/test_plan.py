@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, Gemma2Config
 
+import batches
 import data
 import fpo
 from experiments import plan
@@ -91,7 +92,7 @@ class LiveBytes(TorchDispatchMode):
 def test_a_small_step_on_fake_tensors(method, checkpointing, dtype):
     """Live bytes of a whole step: all that the plan names but the optimizer's states."""
     pairs = data.Pairs([[list(range(4, 36))] * 3] * 4)
-    config, batch = Gemma2Config(**SMALL), data.collate(pairs, range(4), layout="shared")
+    config, batch = Gemma2Config(**SMALL), batches.collate(pairs, range(4), layout="shared")
     options = {"dtype": dtype, "attn_implementation": "eager"}
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
         policy = fpo.Policy(AutoModelForCausalLM.from_config(config, **options))

@@ -12,6 +12,8 @@ from conftest import D, exact_sae, make_lm, make_pairs, make_sae, nudge
 import data
 import eval_diversity
 import fpo
+import runtime
+import settings
 import train
 from experiments import control, reproduce
 from fpo import Statistics
@@ -81,7 +83,7 @@ def test_a_done_run_is_not_repeated_and_a_failed_one_is_told(tmp_path, monkeypat
     assert len(done) == 9
     (tmp_path / "start/model.safetensors").write_bytes(b"others")
     reply.returncode = 3
-    with pytest.raises(data.UserError, match="status 3"):
+    with pytest.raises(runtime.UserError, match="status 3"):
         reproduce.do_lines(options, lines[:1])
     assert not (tmp_path / "runs/fpo_seed0/run.json").exists()
 
@@ -97,13 +99,13 @@ def test_a_done_run_is_not_repeated_and_a_failed_one_is_told(tmp_path, monkeypat
     ],
 )
 def test_what_can_not_be_done_is_refused_before_any_run(tmp_path, words, says):
-    with pytest.raises(data.UserError, match=says):
+    with pytest.raises(runtime.UserError, match=says):
         args(tmp_path, words)
 
 
 def test_without_git_results_are_written_all_the_same(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    assert data.made_by()["commit"] == "unknown"
+    assert runtime.made_by()["commit"] == "unknown"
 
 
 def planned(monkeypatch, options):
@@ -141,9 +143,9 @@ def test_every_command_is_one_that_the_scripts_take(tmp_path, monkeypatch, words
             if "eval_diversity.py" in script:
                 config = eval_diversity.parse_args(words).config
             elif "--json" in words:  # a measure
-                config = train.parse_args(words[: words.index("--json")])
+                config = settings.parse_args(words[: words.index("--json")])
             else:
-                config = train.parse_args([*words, *shlex.split(script.partition("train.py")[2])])
+                config = settings.parse_args([*words, *shlex.split(script.partition("train.py")[2])])
                 assert config.eval_kl  # which the tables and figures show, whatever the preset says
                 seen = {**vars(config), "out": "", "script": script}
                 assert named.setdefault(run["name"], seen) == seen

@@ -40,8 +40,9 @@ from safetensors.torch import load_file, save_file
 
 import fpo
 import offline
+import settings
 import train
-from data import UserError, hold
+from runtime import UserError, lock_folder
 
 RUN = ["--preset", "toy", "--method", "fpo", "--steps", "6", "--warmup_steps", "2", "--eval_every", "0"]
 RUN += ["--no_eval_kl", "--batch_size", "16"]
@@ -57,7 +58,7 @@ def one_thread():
 
 
 def run(*flags):
-    train.main(train.parse_args([*RUN, *map(str, flags)]))
+    train.main(settings.parse_args([*RUN, *map(str, flags)]))
 
 
 def refused(*flags) -> str:
@@ -181,7 +182,7 @@ def test_sigterm_saves_and_leaves(folder):
     only): status 0, a state; --resume ends with the same bits.
     """
     run("--out", "whole")
-    code = "import data, train; data.LOADERS['cpu'] = 1; data.run_script(train.main)"
+    code = "import data, train; batches.LOADERS['cpu'] = 1; runtime.run_script(train.main)"
     process = start(folder, "-c", code, *RUN, "--out", "cut", "--resume")
     while not lines_of("cut"):
         assert process.poll() is None, process.communicate()[0]
@@ -370,7 +371,7 @@ def test_two_processes_one_cache(cache, capfd):
     folder, results = cache().folder, []
     for shard in folder.glob("shard_*"):
         shard.unlink()
-    with hold(folder):
+    with lock_folder(folder):
         waiting = threading.Thread(target=lambda: results.append(content(cache())))
         waiting.start()
         time.sleep(0.5)
@@ -401,7 +402,7 @@ def poisoned(*args, **kwargs):  # rank 1 alone, in step 2
     return (loss * float("nan") if rank == "1" and len(calls) == 2 else loss), values
 
 try:
-    train.main(train.parse_args(sys.argv[1:]), loss_function=poisoned)
+    train.main(settings.parse_args(sys.argv[1:]), loss_function=poisoned)
 except train.UserError as error:
     open(f"rank_{rank}.json", "w").write(json.dumps(str(error)))
 """

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 
 import fpo
-from data import collate
+from batches import collate
 from experiments import theorem
 from sae import JumpReLUSAE
 

@@ -14,8 +14,10 @@ from jinja2.exceptions import TemplateError
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import sae as sae_module
 import toy
-from data import Pairs, UserError
+from data import Pairs
+from runtime import UserError
 from sae import JumpReLUSAE, load_sae
 
 
@@ -132,7 +134,7 @@ def test_straight_through_gradients_by_hand():
     # θ = 1, ε = 0.4: the rectangle is (0.8, 1.2). z = 0.9 and 1.1 lie in it, 0.7 and 1.3 don't.
     z = torch.tensor([[0.7], [0.9], [1.1], [1.3]], requires_grad=True)
     theta = torch.tensor([1.0], requires_grad=True)
-    c, active = toy.JumpReLU.apply(z, theta, 0.4)
+    c, active = sae_module.JumpReLU.apply(z, theta, 0.4)
     assert c.flatten().tolist() == pytest.approx([0, 0, 1.1, 1.3])
     assert active.flatten().tolist() == [0, 0, 1, 1]
     (3 * c.sum() + 10 * active.sum()).backward()
@@ -142,7 +144,7 @@ def test_straight_through_gradients_by_hand():
 
 def test_an_sae_follows_the_unit_of_its_states():
     h = torch.randn(400, 8, generator=torch.Generator().manual_seed(0)) + 1
-    one, large = (toy.train_sae(x, width=32, steps=30) for x in (h, 2.0**15 * h))
+    one, large = (sae_module.train_sae(x, width=32, steps=30) for x in (h, 2.0**15 * h))
     for name, factor in {"W_enc": 1, "W_dec": 1, "b_enc": 2**15, "b_dec": 2**15, "threshold": 2**15}.items():
         assert torch.allclose(large[name] / factor, one[name], rtol=1e-4, atol=1e-5), name
 
@@ -153,7 +155,7 @@ def test_figures_of_an_sae_by_hand():
     # c = (2, 0), (0, 0), (4, 0): feature 1 is dead; errors 1, 1 and 0; the mean state is (7/3, 2/3).
     h = torch.tensor([[2.0, 1.0], [1.0, 0.0], [4.0, 0.0]])
     variance = (4 + 1 + 16) - 3 * (7 / 3) ** 2 + 1 - 3 * (1 / 3) ** 2
-    assert toy.sae_figures(sae, h) == pytest.approx({"l0": 2 / 3, "fvu": 2 / variance, "dead": 0.5})
+    assert sae_module.sae_figures(sae, h) == pytest.approx({"l0": 2 / 3, "fvu": 2 / variance, "dead": 0.5})
 
 
 @pytest.mark.parametrize("m, width", [(500, "500"), (1024, "1k"), (16384, "16k"), (65536, "65k")])
@@ -161,7 +163,7 @@ def test_an_sae_is_found_again_as_one_of_gemma_scopes(tmp_path, m, width):
     shapes = {"W_enc": (2, m), "W_dec": (m, 2), "b_enc": (m,), "b_dec": (2,), "threshold": (m,)}
     arrays = {name: torch.rand(shape) for name, shape in shapes.items()}
     for site, folder in (("res", "."), ("mlp", "mlp")):
-        path = toy.write_sae(tmp_path, arrays, 7, site, 36.6)
+        path = sae_module.write_sae(tmp_path, arrays, 7, site, 36.6)
         assert path == tmp_path / folder / f"layer_7/width_{width}/average_l0_37/params.npz"
         sae = load_sae(tmp_path, layer=7, width=width, site=site)
         assert all(torch.equal(getattr(sae, name), array) for name, array in arrays.items())
@@ -200,7 +202,7 @@ def test_states_and_figures_of_the_sae_recomputed(world):
         states[-1] = states[-1][len(prompt) - 1 : -1]
     states = torch.cat(states)
     assert torch.allclose(h[: len(states)], states, atol=1e-3)
-    found = toy.sae_figures(load_sae(world / path, layer=3), h)
+    found = sae_module.sae_figures(load_sae(world / path, layer=3), h)
     assert found == {
         "l0": pytest.approx(figures["l0"], abs=0.01),
         "fvu": pytest.approx(figures["fvu"], rel=1e-3),
@@ -213,7 +215,7 @@ def test_states_and_figures_of_the_sae_recomputed(world):
 def small(monkeypatch):
     """Worlds of a few rows, whose SAE takes a few steps; torch has two threads."""
     monkeypatch.setattr(toy, "SIZES", toy.SIZES | {"documents": 24, "sft": 40, "train": 40, "test": 10})
-    monkeypatch.setattr(toy, "train_sae", partial(toy.train_sae, width=64, steps=9))
+    monkeypatch.setattr(toy, "train_sae", partial(sae_module.train_sae, width=64, steps=9))
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     yield

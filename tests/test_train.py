@@ -11,8 +11,11 @@ from transformers import AutoTokenizer, Gemma2ForCausalLM
 
 import eval_diversity
 import fpo
+import settings
 import train
-from data import UserError
+from audit import audit
+from losses import METHODS
+from runtime import UserError
 
 SHORT = ["--preset", "toy", "--steps", "3", "--warmup_steps", "2", "--eval_every", "0", "--no_eval_kl"]
 
@@ -22,7 +25,7 @@ NAMES = ["loss", "grad_norm", "reward_margin", "accuracy", "constraint", "mse_ch
 
 
 def run(*flags):
-    train.main(train.parse_args(list(map(str, flags))))
+    train.main(settings.parse_args(list(map(str, flags))))
 
 
 def test_two_ranks_do_what_one_does(folder):
@@ -68,7 +71,7 @@ def test_fsdp_trains_what_one_process_trains(folder, method):
 
 def test_advice_by_hand():
     """The α at which the constraint equals the margin; or the rounding that outweighs it; or nothing."""
-    config = train.parse_args(["--alpha", "0.5", "--beta", "0.1"])
+    config = settings.parse_args(["--alpha", "0.5", "--beta", "0.1"])
     for constraint, margin, floor, says in (
         (0.08, 0.02, 1e-6, "4 × the reward margin: --alpha 0.1 "), (0.001, 0.01, 0.4, "a constraint of 0.02"),
     ):  # fmt: skip
@@ -89,7 +92,7 @@ def test_every_method_starts_where_it_should_and_learns(folder):
         found = (folder / "runs/toy/reference").rglob("shard_*")
         return {path: path.stat().st_mtime_ns for path in found}
 
-    for method in fpo.METHODS:
+    for method in METHODS:
         run("--method", method, *same, *differs.get(method, ["--lr", "3e-3"]))
         losses = [line["loss"] for line in lines_of(f"runs/toy/{method}")]
         assert losses[-1] < losses[0] - 0.005, (method, losses)
@@ -125,7 +128,7 @@ def test_a_loss_and_an_encoder_of_ones_own(folder):
         seen.append((policy.features[0].min().item(), D.max().item()))
         return fpo.method_loss("dpo", policy, reference, beta=beta)[0] + D.chunk(2)[0], {}
 
-    config = train.parse_args(["--method", "fpo", *SHORT])
+    config = settings.parse_args(["--method", "fpo", *SHORT])
     train.main(config, loss_function=loss_function, encoders=[States()])
     assert seen[0][0] < 0 and seen[0][1] < 1e-8 < seen[-1][1]
 
@@ -151,7 +154,7 @@ def test_presets_are_table_5():
             ("dpo", None, 0.1, None), ("tdpo1", None, 0.1, None), ("tdpo2", 0.5, 0.1, None),
             ("simpo", None, 2.0, 0.5), ("fpo", 0.5, 0.1, None),
         ):  # fmt: skip
-            c = train.parse_args(["--preset", preset, "--method", method])
+            c = settings.parse_args(["--preset", preset, "--method", method])
             assert (c.alpha, c.beta, c.gamma) == (alpha, beta, gamma), method
             found = (c.lr, c.warmup_steps, c.schedule, c.batch_size, c.epochs, c.optimizer)
             assert found == (5e-7, 150, "constant", 32, 1, optimizer)
@@ -164,7 +167,7 @@ def test_presets_are_table_5():
 def test_help_shows_the_real_defaults(capsys):
     """Of the preset and the method, each flag with its source."""
     with pytest.raises(SystemExit):
-        train.parse_args(["--preset", "gemma-2-9b", "--method", "simpo", "--help"])
+        settings.parse_args(["--preset", "gemma-2-9b", "--method", "simpo", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     clip = "gradient clip (experiments); 0: none (default: 10.0)"
     assert all(part in text for part in (clip, "β (default: 2.0)", "[41]", "rmsprop"))
@@ -172,9 +175,9 @@ def test_help_shows_the_real_defaults(capsys):
 
 def test_learning_rate():
     """By hand: linear over 4 steps, then constant; or a cosine over the remaining 6 to 0."""
-    config = train.parse_args(["--lr", "1", "--warmup_steps", "4"])
+    config = settings.parse_args(["--lr", "1", "--warmup_steps", "4"])
     assert [train.learning_rate(s, 10, config) for s in (0, 1, 3, 4, 9)] == [0.25, 0.5, 1.0, 1.0, 1.0]
-    config = train.parse_args(["--lr", "1", "--warmup_ratio", "0.4", "--schedule", "cosine"])
+    config = settings.parse_args(["--lr", "1", "--warmup_ratio", "0.4", "--schedule", "cosine"])
     assert train.learning_rate(0, 10, config) == 0.25
     assert train.learning_rate(4, 10, config) == 1.0
     assert train.learning_rate(7, 10, config) == pytest.approx(0.5)
@@ -183,19 +186,19 @@ def test_learning_rate():
 def test_where_training_starts(tmp_path, monkeypatch):
     """The SFT model where there is one, else the base model; another model's outputs carry its name."""
     monkeypatch.chdir(tmp_path)
-    config = train.parse_args(["--method", "fpo"])
+    config = settings.parse_args(["--method", "fpo"])
     assert config.model == config.reference == "google/gemma-2-2b"
     (tmp_path / "runs/gemma-2-2b/sft/model").mkdir(parents=True)
-    config = train.parse_args(["--method", "fpo"])
+    config = settings.parse_args(["--method", "fpo"])
     assert config.model == config.reference == "runs/gemma-2-2b/sft/model"
-    assert train.parse_args(["--method", "sft"]).model == "google/gemma-2-2b"
-    assert "ultrachat" in train.parse_args(["--method", "sft"]).dataset
-    own = train.parse_args(
+    assert settings.parse_args(["--method", "sft"]).model == "google/gemma-2-2b"
+    assert "ultrachat" in settings.parse_args(["--method", "sft"]).dataset
+    own = settings.parse_args(
         ["--model", "a/mine", "--sae", "s", "--dataset", "a.jsonl", "--eval_dataset", "b.jsonl"]
     )
     assert (own.preset, own.out, own.cache_dir) == ("own", "runs/mine/fpo", "runs/mine/reference")
     with pytest.raises(UserError, match="--dataset: --preset own needs one"):
-        train.parse_args(["--model", "a/mine"])
+        settings.parse_args(["--model", "a/mine"])
 
 
 @pytest.mark.parametrize(
@@ -262,7 +265,9 @@ def test_parameters_without_a_gradient_are_frozen():
     """A vision tower that no text reaches: DDP would wait for its gradient. The rest stays trainable."""
     policy = fpo.Policy(make_lm())
     policy.lm.model.vision = torch.nn.Linear(2, 2)
-    train.prove(policy, make_pairs(4), train.parse_args(["--preset", "toy"]), {"layout": "shared"})
+    audit.audit_and_freeze(
+        policy, make_pairs(4), settings.parse_args(["--preset", "toy"]), {"layout": "shared"}
+    )
     frozen = {name for name, p in policy.named_parameters() if not p.requires_grad}
     assert frozen == {"lm.model.vision.weight", "lm.model.vision.bias"}
     assert all(p.grad is None for p in policy.parameters())

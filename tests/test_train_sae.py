@@ -8,8 +8,10 @@ import torch
 from conftest import make_lm, make_pairs
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from data import Pairs, UserError, epoch_order, load_pairs
+from batches import epoch_order
+from data import Pairs, load_pairs
 from experiments import train_sae
+from runtime import UserError
 from sae import JumpReLUSAE, SiteHook, load_sae
 
 ROWS = {"layout": "separate", "row_multiple": 1}

@@ -1,0 +1,116 @@
+"""The run proves itself before it learns: against the model's own forward, twice, and for its rounding.
+
+What our masks, row layouts, slices or softcap get wrong shows here, so no list of supported architectures is
+needed: a model that is not understood is refused.
+"""
+
+import warnings
+
+import torch
+import torch.nn.functional as F
+
+import runtime
+from batches import collate
+from fpo import Policy, feature_distance
+from runtime import UserError, refuse
+
+# Nats a token by which our forward may differ from the model's own, by `machine_epsilon`, of float32, TF32
+# and bf16: rounding stays ten times below this.
+TOLERANCE = {2**-23: 1e-3, 2**-10: 0.0125, 2**-7: 0.1}
+
+
+@torch.no_grad()
+def audit(policy: Policy, pairs, *, k=50, **rows) -> dict:
+    """Compare this forward, as training runs it, with the model's own; every rank must call it.
+
+    It takes the longest pair and the shortest. What our masks, layouts, slices or softcap get wrong shows
+    here, before anything is trained, so no list of supported architectures is needed.
+
+    Args:
+        rows: layout and padding, as `collate` takes them.
+    Returns:
+        difference: Σ |log π(y|x) − that of lm(input_ids).logits| / Σ |y| of a pair, nats, the larger of both.
+        floor: D_FPO that rounding makes (`noise_floor`), below which D says nothing.
+        window: the sliding window if a pair is longer than it, else None.
+    Raises:
+        UserError: the difference is above TOLERANCE, or a second run gives other values (dropout, jitter).
+    """
+    device, sizes = policy.lm.device, pairs.row_lengths("separate")
+    longest, shortest = int(sizes.argmax()), int(sizes.argmin())
+    batch = collate(pairs, [longest, shortest], **rows).to(device)
+    policy.train()
+    ours, again = policy(batch)[0], policy(batch)[0]
+    policy.eval()
+    with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of flex_attention: not compiled, on purpose
+        alone = [collate(pairs, [i], layout="separate").to(device) for i in (longest, shortest)]
+        # Of FSDP2's shards the root's are whole since `ours`, the layers gather theirs.
+        theirs = torch.stack([policy.plain_logps(one) for one in alone], 1).flatten()
+    kind, limit = type(policy.lm).__name__, TOLERANCE[machine_epsilon(policy)]
+    theirs = F.pad(theirs, (0, len(ours.logps) - len(theirs)))  # SFT has no rejected ones
+    # Of a pair, as 8 tokens at least: in bf16 the rounding of a single logit is up to 0.1.
+    tokens = ours.lengths.view(2, -1).sum(0).clamp(min=8)
+    far = [((ours.logps - x).abs().view(2, -1).sum(0) / tokens).max() for x in (again.logps, theirs)]
+    repeat, difference = torch.stack(far).tolist()
+    if not repeat <= limit / 10:
+        raise UserError(f"{kind}: two runs of one batch differ by {repeat:.2g} nats a token (dropout?)")
+    if not difference <= limit:
+        what = f"log π differs from the model's own forward by {difference:.2g} nats a token"
+        raise UserError(f"{kind}: {what} (allowed: {limit:g}): a part of this model is not understood")
+    window = getattr(policy.lm.config.get_text_config(), "sliding_window", None)
+    tested = window if window is not None and int(sizes.max()) > window else None
+    return {"difference": difference, "floor": noise_floor(policy, pairs, k=k, **rows), "window": tested}
+
+
+def machine_epsilon(policy) -> float:
+    """From 1 to the next number that the factors of the policy's products can be."""
+    rounded = policy.lm.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
+    return 2**-10 if rounded and policy.dtype == torch.float32 else torch.finfo(policy.dtype).eps
+
+
+@torch.no_grad()
+def noise_floor(policy: Policy, pairs, *, k=50, n=8, **rows) -> float | None:
+    """D_FPO between `n` pairs and the same, rounded otherwise: what there is of it where nothing is learned.
+
+    The embeddings move by about their last bit, up or down at random, so that all later roundings fall anew,
+    as they do when weights move. In float32 about 1e-10. In bf16 it can be a part of what training is to hold
+    down; it falls with |y|.
+    """
+    if not policy.saes:
+        return None
+
+    def nudge(module, args, embedded):
+        """By half of what products are rounded by, at least by float32's last bit."""
+        step, generator = max(machine_epsilon(policy) / 2, 2**-23), torch.Generator().manual_seed(0)
+        up = torch.rand(embedded.shape, generator=generator) < 0.5
+        return embedded.float() * torch.where(up, 1 + step, 1 - step).to(embedded.device)
+
+    indices = torch.linspace(0, len(pairs) - 1, min(n, len(pairs))).long().tolist()
+    batch = collate(pairs, indices, **rows).to(policy.lm.device)
+    features = policy(batch)[0].features
+    with policy.lm.get_input_embeddings().register_forward_hook(nudge):
+        again = policy(batch)[0].features
+    return feature_distance(again, features, k=k).mean().item()
+
+
+def audit_and_freeze(policy, pairs, config, rows) -> dict:
+    """`audit`, printed; then freeze parameters that get no gradient (a vision tower), as DDP needs."""
+    try:
+        found = audit(policy, pairs, k=config.k, **rows)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        refuse(f"torch.compile fails ({str(error).splitlines()[0]}); --no_compile trains without it")
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+        refuse(f"{type(policy.lm).__name__}: our forward does not fit this architecture: {error!r:.200}")
+    if config.shard != "fsdp":
+        policy(collate(pairs, [0], **rows).to(policy.lm.device))[0].logps.sum().backward()
+        for parameter in policy.parameters():
+            parameter.requires_grad_(parameter.grad is not None)
+            parameter.grad = None
+    if runtime.ranks()[0] == 0:
+        says = [f"audit passed: {found['difference']:.1g} nats a token from the model's own forward"]
+        says += [
+            f"sliding window of {found['window']} tested" if found["window"] else "no sliding window tested"
+        ]
+        says += [f"rounding alone makes D_FPO {found['floor']:.1g}"] if policy.saes else []
+        print("; ".join(says))
+    return found

@@ -1,0 +1,131 @@
+"""A run's state: saved whole, found, compared with what resumes it, put back bit for bit; signals."""
+
+import json
+import os
+import shutil
+import signal
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+
+import runtime
+import scale
+from runtime import UserError, refuse
+
+# Settings that a resumed run may change: they do not change what is learned.
+MAY_CHANGE_ON_RESUME = {"resume", "save_every", "out", "cache_dir", "eval_every", "eval_kl", "report_to"}
+
+
+def state_tensors(policy, optimizer) -> dict[str, torch.Tensor]:
+    """This rank's weights and optimizer states by parameter name; of what is sharded its shards."""
+    inner, tensors = getattr(optimizer, "optim", optimizer), dict[str, torch.Tensor]()
+    updated = {id(p) for group in inner.param_groups for p in group["params"]}  # by this rank
+    for name, parameter in policy.named_parameters():
+        tensors[f"weight/{name}"] = scale.local(parameter).detach()
+        if id(parameter) in updated:
+            tensors |= {f"{key}/{name}": tensor for key, tensor in inner.state_of(parameter).items()}
+    return tensors
+
+
+def save_state(out, step: int, policy, optimizer, meta: dict):
+    """Write OUT/state/step_N: state.json and a file a rank; aside, then renamed; then the older one goes."""
+    rank, world = runtime.ranks()
+    aside, final = out / f"state/step_{step:08d}.tmp", out / f"state/step_{step:08d}"
+    if final.exists():
+        return
+    runtime.barrier()  # every rank has looked
+    if rank == 0:
+        for left in (out / "state").glob("step_*.tmp"):  # of a run that died while it wrote
+            shutil.rmtree(left)
+        aside.mkdir(parents=True)
+    runtime.barrier()
+    # Whole weights are the same on every rank: rank 0 writes them.
+    writes = rank == 0 or isinstance(next(policy.parameters()), DTensor)
+    mine = {
+        n: t.contiguous() for n, t in state_tensors(policy, optimizer).items() if writes or n[:7] != "weight/"
+    }
+    with runtime.writing(aside):
+        # safetensors cannot reopen a file that has neither tensors nor metadata, so always write metadata.
+        save_file(mine, aside / f"rank_{rank}.safetensors", metadata={"rank": str(rank)})
+    runtime.barrier()
+    if rank == 0:
+        runtime.write_json(aside / "state.json", {"step": step, "ranks": world, **meta})
+        os.sync()  # the disk has all of it before it gets its name
+        aside.rename(final)
+        for old in saved_states(out)[:-1]:
+            shutil.rmtree(old)
+    runtime.barrier()
+
+
+def saved_states(out) -> list[Path]:
+    """Whole states of a run, oldest first; what was being written when a run died is not among them."""
+    return sorted(path for path in Path(out, "state").glob("step_*") if path.suffix != ".tmp")
+
+
+def read_meta(config, input_digests=None) -> dict:
+    """state.json of the last state. UserError where this run does not continue it: each difference is named.
+
+    input_digests: digests of the tokens, SAEs, template and weights, by the flag that names them.
+    """
+    path = saved_states(config.out)[-1] / "state.json"
+    try:
+        meta = json.loads(path.read_text())
+        settings, before, ranks = meta["settings"], meta["input_digests"], meta["ranks"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--resume: {path} is not what a run writes: {error!r}") from None
+    now = json.loads(json.dumps(asdict(config))).items()
+    odd = [
+        f"--{n} was {settings.get(n)}, is {v}"
+        for n, v in now
+        if n not in MAY_CHANGE_ON_RESUME and settings.get(n) != v
+    ]
+    odd += [
+        f"--{n}: other content than before" for n, v in (input_digests or {}).items() if before.get(n) != v
+    ]
+    odd += [f"written by {ranks} ranks, here are {runtime.ranks()[1]}"] if ranks != runtime.ranks()[1] else []
+    if odd:
+        refuse(f"--resume {path.parent}: {'; '.join(odd)}; a run goes on only as it began")
+    return meta
+
+
+def load_state(out, policy, optimizer):
+    """Put the last state's weights and optimizer states in, bit for bit. UserError for a damaged state."""
+    folder, rank = saved_states(out)[-1], runtime.ranks()[0]
+    try:
+        files = [safe_open(folder / f"rank_{r}.safetensors", "pt") for r in sorted({0, rank}, reverse=True)]
+        with torch.no_grad():
+            for name, tensor in state_tensors(policy, optimizer).items():
+                file = next(file for file in files if name in file.keys())  # noqa: SIM118
+                tensor.copy_(file.get_tensor(name))
+    except (OSError, SafetensorError, StopIteration, RuntimeError) as error:
+        text = f"--resume {folder}: not a whole state of this model: {error}"
+        raise UserError(text, everywhere=False) from None
+
+
+def cut_metrics(path, step: int):
+    """Keep metrics.jsonl's lines up to `step`: none lost, none doubled. A kill may have cut the last one."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    whole = (line for line in lines if line.endswith("\n"))
+    runtime.write_text(path, "".join(line for line in whole if json.loads(line)["step"] <= step))
+
+
+class StopSignal:
+    """Notes SIGTERM and SIGINT, for the loop to save and leave at the step's end. A second one kills."""
+
+    def __init__(self):
+        self.came = False
+        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGTERM, signal.SIGINT)}
+
+    def note(self, number, frame):
+        """A handler: the loop reads `came`."""
+        self.came = True
+        self.restore()
+
+    def restore(self):
+        """Put the former handlers back."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,127 @@
+"""Scores of pairs, as fractions whose means and intervals can be taken."""
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from batches import micro_batches, stream
+from fpo import feature_distance
+from losses import PER_TOKEN
+from runtime import ranks
+
+
+@torch.no_grad()
+def score_pairs(
+    policy, pairs, *, lookup=None, k=50, units=(), top=0, max_tokens=0, progress=False, **rows
+) -> dict[str, torch.Tensor]:
+    """What a policy makes of every pair, in the data set's order, the same on every rank.
+
+    The reference is the one that the policy holds, else the cache's, else there is none.
+
+    Args:
+        lookup: ReferenceCache.lookup of these pairs, or None.
+        top: also each response's so many largest pooled features (of the first SAE), in order.
+        max_tokens, rows: micro-batches, as `micro_batches` and `collate` take them.
+    Returns:
+        {name: (n,) float64}, names ending in _chosen and _rejected. Always: logps, lengths, entropy (summed,
+        nats). With a reference: ratio = log π/π_ref, and mse where there are SAEs. With a held one also kl.
+        With `top`: activations_policy, activations_reference (n, top).
+    """
+    rank, world = ranks()
+    lengths = pairs.row_lengths(rows["layout"], rows.get("row_multiple", 1))
+    groups = micro_batches(range(len(pairs)), lengths, world, max_pairs=16, max_tokens=max_tokens)
+    was_training, table, mine = policy.training, dict[str, torch.Tensor](), groups[rank::world]
+    policy.eval()
+    batches = stream(pairs, mine, device=policy.lm.device, lookup=lookup, **rows)
+    shown = progress and rank == 0
+    for batch, cached in tqdm(batches, "evaluating", len(mine), disable=None if shown else True, leave=False):
+        policy_says, held = policy(batch, entropy=True)
+        values = _response_values(policy_says, held or cached, k, units, top)
+        for name, value in values.items():
+            weight = batch.weight.view(-1, *[1] * (value.ndim - 1))  # 0: a padding pair
+            for side, half in zip(("chosen", "rejected"), value.chunk(2), strict=True):
+                zeros = half.new_zeros(len(pairs), *half.shape[1:], dtype=torch.float64)
+                table.setdefault(f"{name}_{side}", zeros)[batch.index] += half * weight
+    policy.train(was_training)
+    if dist.is_initialized():
+        for name in sorted(table):
+            dist.all_reduce(table[name])
+    return {name: column.cpu() for name, column in table.items()}
+
+
+def _response_values(policy, reference, k, units, top):
+    """{name: (2B,) or (2B, top)} of one batch, for `score_pairs`, from Statistics (reference: or None)."""
+    values = {"logps": policy.logps, "lengths": policy.lengths, "entropy": policy.entropy}
+    if policy.kl is not None:
+        values["kl"] = policy.kl
+    if reference is not None:
+        values["ratio"] = policy.logps - reference.logps
+        if policy.features and reference.features:
+            values["mse"] = feature_distance(policy.features, reference.features, k=k, units=units)
+    for name, says in (("policy", policy), ("reference", reference)):
+        if top and says is not None and says.features:
+            c = says.features[0]
+            values[f"activations_{name}"] = c.topk(min(top, c.shape[1])).values
+    return values
+
+
+def pair_columns(table, *, method=None, beta=0.1) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Scores of a `score_pairs` table as fractions: {key: (numerator (n,), denominator (n,))}.
+
+    Keys: accuracy, accuracy_sum (share of pairs whose chosen response has the higher log π(y|x) / |y|, or
+    log π(y|x)); reward_accuracy_mean, reward_accuracy_sum (the same of log π/π_ref) and reward_accuracy (of
+    the method's own reward); nll_chosen; teacher_forced_entropy; kl_*, mse_* and their margins.
+
+    Args:
+        method: whose reward `reward_accuracy` is; None leaves it out.
+        beta: β of the margins |β D(y_l) - β D(y_w)| (Figs. 3, 4): one for all methods, to compare them.
+    """
+    one = torch.ones_like(table["logps_chosen"])
+    n = {side: table[f"lengths_{side}"] for side in ("chosen", "rejected")}
+    both = bool(n["rejected"].any())  # SFT has no rejected responses
+    columns = {"nll_chosen": (-table["logps_chosen"] / n["chosen"].clamp(min=1), one)}
+
+    def share_above(name, per_token):
+        """Pairs whose chosen response is above the rejected one; nearer than 1e-6 a token counts half."""
+        w, l = (table[f"{name}_{side}"] / (n[side].clamp(min=1) if per_token else 1) for side in n)
+        tie = 1e-6 * (1 if per_token else torch.maximum(*n.values()))
+        return torch.where((w - l).abs() < tie, 0.5, (w > l).double()), one
+
+    if both:
+        columns |= {"accuracy": share_above("logps", True), "accuracy_sum": share_above("logps", False)}
+        if "ratio_chosen" in table:
+            columns["reward_accuracy_mean"] = share_above("ratio", True)
+            columns["reward_accuracy_sum"] = share_above("ratio", False)
+        own = "logps" if method in ("simpo", "simpo_kl") else "ratio"
+        if method not in (None, "sft") and f"{own}_chosen" in table:
+            columns["reward_accuracy"] = share_above(own, method in PER_TOKEN)
+    sides = ("chosen", "rejected") if both else ("chosen",)
+    entropy, tokens = (sum(table[f"{name}_{side}"] for side in sides) for name in ("entropy", "lengths"))
+    columns["teacher_forced_entropy"] = entropy, tokens
+    for name in ("kl", "mse"):
+        if f"{name}_chosen" in table:
+            columns |= {f"{name}_{side}": (table[f"{name}_{side}"], one) for side in sides}
+            if both:
+                margin = beta * table[f"{name}_rejected"] - beta * table[f"{name}_chosen"]
+                columns[f"{name}_margin"] = margin.abs(), one
+    return columns
+
+
+def summary(groups, *, bootstrap=0, seed=0) -> dict:
+    """{key: Σ numerator / Σ denominator} of groups of {key: (numerator (n,), denominator (n,))}.
+
+    With `bootstrap` also "intervals": for each key the 2.5th and 97.5th percentile over so many resamples,
+    with replacement, of a group's n items: how a value varies with the items, not with the seed of training.
+    """
+    scores, intervals = dict[str, float](), dict[str, list[float]]()
+    for columns in groups:
+        parts = zip(*columns.values(), strict=True)
+        numerator, denominator = (torch.stack(part, 1).double() for part in parts)  # (n, keys)
+        scores |= dict(zip(columns, (numerator.sum(0) / denominator.sum(0)).tolist(), strict=True))
+        g, n = torch.Generator().manual_seed(seed), len(numerator)
+        drawn = (torch.randint(n, (n,), generator=g).bincount(minlength=n).double() for _ in range(bootstrap))
+        draws = [(times @ numerator) / (times @ denominator) for times in drawn]
+        if draws:
+            low, high = torch.stack(draws).quantile(torch.tensor([0.025, 0.975]).double(), dim=0).tolist()
+            intervals |= {name: list(ends) for name, *ends in zip(columns, low, high, strict=True)}
+    return {**scores, "intervals": intervals} if bootstrap else scores
