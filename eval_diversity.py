@@ -43,10 +43,10 @@ from transformers import GenerationConfig, HfArgumentParser
 
 import data
 import fpo
+import loading
 import losses
 import metrics
 import runtime
-import train
 from metrics import summary
 from runtime import refuse
 from settings import Config, flag
@@ -292,22 +292,22 @@ def main(settings: Settings | None = None):
     config = settings.config
     device = runtime.start_processes()
     main_rank = runtime.ranks()[0] == 0
-    train.make_toy_world(config)
+    loading.make_toy_world(config)
 
     # ---- data, SAEs, models: what is small comes first, so that a wrong value is found before the rest
     tokenizer = data.load_tokenizer(config.model)
-    pairs = train.load_data("eval_dataset", config, tokenizer)
-    training = train.load_data("dataset", config, tokenizer) if settings.train_pairs is not None else None
+    pairs = loading.load_data("eval_dataset", config, tokenizer)
+    training = loading.load_data("dataset", config, tokenizer) if settings.train_pairs is not None else None
     reads = config.sae is not None and (settings.reference or settings.features_top)
-    saes, sites = train.load_saes(config, device) if reads else ([], [])
-    dtype = train.torch_dtype(config, device)
-    policy = fpo.Policy(train.load_lm(config.model, device, dtype=dtype), saes, sites)
+    saes, sites = loading.load_saes(config, device) if reads else ([], [])
+    dtype = loading.torch_dtype(config, device)
+    policy = fpo.Policy(loading.load_lm(config.model, device, dtype=dtype), saes, sites)
     if settings.reference:
-        reference = train.load_lm(settings.reference, device, dtype=dtype)
+        reference = loading.load_lm(settings.reference, device, dtype=dtype)
         policy.hold_reference(fpo.Policy(reference, saes, sites))
 
     # ---- scores
-    rows = train.choose_layout(config, tokenizer, pairs, device)
+    rows = loading.choose_layout(config, tokenizer, pairs, device)
     rows |= {"max_tokens": config.micro_batch_tokens, "progress": main_rank}
     scores = evaluate(policy, tokenizer, pairs, settings, samples=settings.samples, **rows)
     if training is not None:

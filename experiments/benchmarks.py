@@ -12,8 +12,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 import data
+import loading
 import runtime
-import train
 from eval_diversity import sample_responses
 from runtime import refuse
 from settings import Config
@@ -102,7 +102,7 @@ def main(argv=None):
         refuse(f"--out {out}: AlpacaEval reads a .json file, the others .jsonl")
     device, tokenizer = runtime.start_processes(), data.load_tokenizer(args.model)
     questions = read_questions(kind, args.questions)
-    lm = train.load_lm(args.model, device, dtype=train.torch_dtype(Config(), device))
+    lm = loading.load_lm(args.model, device, dtype=loading.torch_dtype(Config(), device))
     sampling = {name: getattr(args, name) for name in ("temperature", "seed", "max_new_tokens")}
     answers = answer_all(lm, tokenizer, kind, questions, **sampling)
     answered = zip(questions, answers, strict=True)

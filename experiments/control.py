@@ -26,6 +26,7 @@ import torch
 
 import data
 import fpo
+import loading
 import losses
 import runtime
 import toy
@@ -77,7 +78,7 @@ def weighted_loss(features, method, policy, reference, *, units=(), **settings):
 
 def state_encoder(config):
     """An encoder that gives the state itself: identity, no bias, and a threshold that everything exceeds."""
-    device, d = runtime.start_processes(), train.load_config(config.model).get_text_config().hidden_size
+    device, d = runtime.start_processes(), loading.load_config(config.model).get_text_config().hidden_size
     b_enc, threshold = torch.zeros(d, device=device), torch.full((d,), -torch.inf, device=device)
     return SimpleNamespace(d=d, m=d, W_enc=torch.eye(d, device=device), b_enc=b_enc, threshold=threshold)
 
@@ -114,15 +115,15 @@ def measure(config) -> dict:
     (m,) mean |c̄_θ − c̄_ref| over all responses.
     """
     device = runtime.start_processes()
-    (sae, *_), ((layer, site), *_) = train.load_saes(config, device)
+    (sae, *_), ((layer, site), *_) = loading.load_saes(config, device)
     if site != "res":
         raise runtime.UserError(f"--sae_site {site}: the reconstruction is spliced in at `res` alone")
     sae.to(device)  # the decoder too
     tokenizer = data.load_tokenizer(config.model)
-    pairs = train.load_data("eval_dataset", config, tokenizer)
-    rows = train.choose_layout(config, tokenizer, pairs, device)
-    names, dtype = (config.model, config.reference), train.torch_dtype(config, device)
-    lm, ref_lm = (train.load_lm(name, device, dtype=dtype).eval() for name in names)
+    pairs = loading.load_data("eval_dataset", config, tokenizer)
+    rows = loading.choose_layout(config, tokenizer, pairs, device)
+    names, dtype = (config.model, config.reference), loading.torch_dtype(config, device)
+    lm, ref_lm = (loading.load_lm(name, device, dtype=dtype).eval() for name in names)
 
     columns: dict[str, list[torch.Tensor]] = {}
     for start in range(0, min(PAIRS, len(pairs)), PAIRS_AT_ONCE):
@@ -153,9 +154,9 @@ def feature_statistics(config, sides) -> list[tuple[torch.Tensor, torch.Tensor]]
     sides: data.Pairs each.
     """
     device, tokenizer, found = runtime.start_processes(), data.load_tokenizer(config.model), []
-    lm = train.load_lm(config.model, device, dtype=train.torch_dtype(config, device))
-    policy = fpo.Policy(lm, *train.load_saes(config, device)).eval()
-    sae, rows = policy.saes[0], train.choose_layout(config, tokenizer, sides[0], device)
+    lm = loading.load_lm(config.model, device, dtype=loading.torch_dtype(config, device))
+    policy = fpo.Policy(lm, *loading.load_saes(config, device)).eval()
+    sae, rows = policy.saes[0], loading.choose_layout(config, tokenizer, sides[0], device)
     for pairs in sides:
         total = largest = torch.zeros(sae.m, device=device)
         groups = [range(start, min(start + 16, len(pairs))) for start in range(0, len(pairs), 16)]
@@ -198,8 +199,8 @@ def style_sides(config, style: str) -> list[data.Pairs]:
 @torch.no_grad()
 def style_shares(config) -> dict:
     """The share of each style among 5 responses a held-out prompt, told by how they open."""
-    tokenizer, lm = data.load_tokenizer(config.model), train.load_lm(config.model, "cpu")
-    pairs = train.load_data("eval_dataset", config, tokenizer)
+    tokenizer, lm = data.load_tokenizer(config.model), loading.load_lm(config.model, "cpu")
+    pairs = loading.load_data("eval_dataset", config, tokenizer)
     prompts = dict.fromkeys(tuple(pairs.sampling_prompt(i).tolist()) for i in range(len(pairs)))
     prompts = [list(prompt) for prompt in prompts]
     drawn = sample_responses(lm, tokenizer, prompts, samples=5, seed=config.seed)
@@ -233,7 +234,7 @@ def main(argv=None):
     if args.task in ("measure", "styles") and not args.json:
         raise runtime.UserError(f"--task {args.task}: --json is needed, the file to write")
     runtime.start_processes()
-    train.make_toy_world(config)
+    loading.make_toy_world(config)
     if args.task == "no_length_norm":
         return train.main(config, loss_function=loss_without_length_norm)
     if args.task == "no_sae":
@@ -245,7 +246,7 @@ def main(argv=None):
     if args.responses:  # without a rejected one they are read as SFT's are
         tokenizer = data.load_tokenizer(config.model)
         configs = [dataclasses.replace(config, method="sft", dataset=source) for source in args.responses]
-        sides = [train.load_data("dataset", one, tokenizer) for one in configs]
+        sides = [loading.load_data("dataset", one, tokenizer) for one in configs]
     else:
         sides = style_sides(config, "polite" if args.task == "random" else args.task)
     criterion = "random" if args.task == "random" else args.criterion

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 import data
 import fpo
+import loading
 import losses
 import runtime
 import train
@@ -92,14 +93,14 @@ def summarise(table, owner, c_ref, c, *, k: int, ceiling: float) -> dict:
 def bounds(config) -> dict:
     """The theorem on the held-out pairs of a run, of a Gemma-2 whose SAE reads its last layer."""
     device, tokenizer = runtime.start_processes(), data.load_tokenizer(config.model)
-    (sae,), sites = train.load_saes(config, device)
-    pairs = train.load_data("eval_dataset", config, tokenizer)
-    n, rows = len(pairs), train.choose_layout(config, tokenizer, pairs, device)
+    (sae,), sites = loading.load_saes(config, device)
+    pairs = loading.load_data("eval_dataset", config, tokenizer)
+    n, rows = len(pairs), loading.choose_layout(config, tokenizer, pairs, device)
     batches = [collate(pairs, range(i, min(n, i + 8)), **rows).to(device) for i in range(0, n, 8)]
     # (N,) each position's response: i for pair i's chosen, n + i for its rejected.
     owner = torch.cat([torch.cat([b.index, n + b.index])[b.owner] for b in batches])
-    names, dtype = (config.reference, f"{config.out}/model"), train.torch_dtype(config, device)
-    models = [train.load_lm(name, device, dtype=dtype).eval() for name in names]
+    names, dtype = (config.reference, f"{config.out}/model"), loading.torch_dtype(config, device)
+    models = [loading.load_lm(name, device, dtype=dtype).eval() for name in names]
     readers = [fpo.Policy(lm, [sae.to(device)], sites) for lm in models]
     states = [[reader.read_sites(batch)[0] for batch in batches] for reader in readers]
     parts = [position_bounds(*models, sae, *both) for both in zip(*states, strict=True)]

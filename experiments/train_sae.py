@@ -21,9 +21,9 @@ import data
 import runtime
 from batches import epoch_order, micro_batches, stream
 from fpo import attention_mask
+from loading import choose_layout, load_lm
 from runtime import refuse
 from sae import MODULES, JumpReLUSAE, SiteHook, sae_figures, train_sae, write_sae
-from train import choose_layout, load_lm
 
 
 def choose_pairs(pairs, tokens):
@@ -42,7 +42,7 @@ def choose_pairs(pairs, tokens):
 def read_states(lm, hook, pairs, indices, rows, max_tokens=4096):
     """States (n, d) that predict the response tokens of some pairs: what an SAE of the hook's site reads.
 
-    rows: layout and padding, as `train.choose_layout` gives them.
+    rows: layout and padding, as `loading.choose_layout` gives them.
     """
     lengths, states = pairs.row_lengths(rows["layout"], rows["row_multiple"]), []
     groups = micro_batches(indices, lengths, 1, max_tokens=max_tokens)

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from conftest import V, build, identity_of, make_lm, make_pairs, make_sae, nudge, plain, run_plainly
 from transformers import Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, Qwen2ForCausalLM
 
+import audit
 import fpo
 import losses
 import metrics
 import offline
-from audit import audit
 from batches import collate
 from data import Pairs, load_pairs, load_tokenizer
 from runtime import UserError

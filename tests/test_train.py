@@ -9,11 +9,12 @@ from conftest import ROOT, finish, lines_of, make_lm, make_pairs, start
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, Gemma2ForCausalLM
 
+import audit
 import eval_diversity
 import fpo
+import loading
 import settings
 import train
-from audit import audit
 from losses import METHODS
 from runtime import UserError
 
@@ -230,7 +231,7 @@ def test_wrong_values_end_before_a_model_is_loaded(folder, monkeypatch, flags, s
     def loaded(*args, **kwargs):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(train.AutoModelForCausalLM, "from_pretrained", loaded)
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", loaded)
     with pytest.raises(UserError, match=says) as error:
         run("--preset", "toy", *flags)
     assert "\n" not in str(error.value)

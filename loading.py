@@ -1,0 +1,140 @@
+"""What a run stands on, from names: models, SAEs, pairs, and the Policy as training runs it."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import data
+import fpo
+import offline
+import runtime
+import scale
+from runtime import UserError, refuse
+from sae import load_sae
+
+
+def torch_dtype(config, device) -> torch.dtype:
+    """The dtype of weights. auto: float32 on the CPU, bfloat16 on CUDA. tf32: float32, products rounded."""
+    if config.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    torch.backends.cuda.matmul.allow_tf32 = config.dtype == "tf32"
+    return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+
+
+def load_config(name: str):
+    """A model's config, all dropout off. UserError for an adapter, quantised weights, or no model at all."""
+    if (Path(name) / "adapter_config.json").exists() and not (Path(name) / "config.json").exists():
+        refuse(f"model {name!r}: this is an adapter; merge it into its model first")
+    with runtime.hub_errors("model", name):
+        config = AutoConfig.from_pretrained(name)
+    if getattr(config, "quantization_config", None):
+        refuse(f"model {name!r}: its weights are quantised; training needs float32 or bfloat16 weights")
+    text = config.get_text_config()
+    for key, value in vars(text).items():  # reference and policy must see the same network at every step
+        if ("dropout" in key or "jitter" in key) and isinstance(value, float):
+            setattr(text, key, 0.0)
+    return config
+
+
+def load_lm(name: str, device, *, dtype=torch.float32, move=True):
+    """A causal LM from a Hugging Face directory or hub repo. Attention: eager on the CPU, flex on CUDA.
+
+    move: put it on the device; FSDP2 takes it from the CPU instead, layer by layer.
+    """
+    # Never sdpa: it drops Gemma-2's softcap (huggingface/transformers#32865).
+    attention = "flex_attention" if torch.device(device).type == "cuda" else "eager"
+    options = {"config": load_config(name), "dtype": dtype, "attn_implementation": attention}
+    with runtime.hub_errors("model", name):
+        lm = AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, **options)
+    return lm.to(device) if move else lm
+
+
+def load_saes(config, device):
+    """One SAE for each of --sae_layer, its encoder on the device, and where each reads: [(layer, site)].
+
+    Raises: UserError for anything that `sae.load_sae` refuses.
+    """
+    layers = config.sae_layer or [load_config(config.model).get_text_config().num_hidden_layers - 1]
+    l0s = config.sae_l0 * len(layers) if len(config.sae_l0) == 1 else config.sae_l0
+    if len(l0s) != len(layers):
+        refuse(f"--sae_l0 {l0s}: one value is needed, or one for each of --sae_layer {layers}")
+    width = None if config.sae_width == "auto" else config.sae_width
+    saes, options = [], {"width": width, "site": config.sae_site}
+    for layer, l0 in zip(layers, l0s, strict=True):
+        try:
+            sae = load_sae(config.sae, layer=layer, average_l0=None if l0 == "auto" else l0, **options)
+        except (ValueError, OSError) as error:
+            raise UserError(f"--sae {error}") from error
+        for name in ("W_enc", "b_enc", "threshold"):  # training never decodes
+            setattr(sae, name, getattr(sae, name).to(device))
+        saes.append(sae)
+    return saes, [(layer, config.sae_site) for layer in layers]
+
+
+def load_data(flag_name, config, tokenizer):
+    """The pairs of --dataset or --eval_dataset, with what was left out or cut printed."""
+    size, other = (load_config(n).get_text_config().vocab_size for n in (config.model, config.reference))
+    if size != other:
+        refuse(f"--reference {config.reference}: a vocabulary of {other}, the model's has {size}")
+    source = getattr(config, flag_name)
+    pairs = data.load_pairs(
+        source, tokenizer, max_length=config.max_length, max_prompt_length=config.max_prompt_length,
+        sft=config.method == "sft", chat_format=config.chat_format,
+    )  # fmt: skip
+    if (most := pairs.largest_token()) >= size:
+        refuse(f"{source}: token id {most} of a vocabulary of {size}: the tokenizer is another model's")
+    if runtime.ranks()[0] == 0:
+        notes = [f"{n} × {what}" for what, n in pairs.notes.items()]
+        print(f"{flag_name}: {len(pairs)} pairs", *notes, sep="; ")
+    return pairs
+
+
+def choose_layout(config, tokenizer, pairs, device) -> dict:
+    """How rows are laid out, as collate takes it.
+
+    auto: on CUDA (flex_attention) the prompt is always shared; eager attention costs the square of a row, so
+    there it pays only where the prompt is at least as long as a response.
+    """
+    prompt, chosen, rejected = pairs.sizes.double().mean(0).tolist()
+    pays = device.type == "cuda" or (prompt >= max(chosen, rejected) and rejected > 0)
+    layout = config.layout if config.layout != "auto" else "shared" if pays else "separate"
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    return {"layout": layout, "row_multiple": 128 if device.type == "cuda" else 1, "pad_id": pad}
+
+
+def load_policy(name, config, device, saes, sites, frozen=False):
+    """A Policy as training runs it, or the `frozen` reference beside it, and the digest of its weights."""
+    fsdp, dtype = config.shard == "fsdp", torch_dtype(config, device)
+    lm = load_lm(name, device, dtype=torch.float32 if fsdp and not frozen else dtype, move=not fsdp)
+    digest = offline.digest(lm.state_dict())
+    if config.activation_checkpointing and not frozen:
+        lm.activation_checkpointing_enable({"use_reentrant": False})
+    policy = fpo.Policy(lm, saes, sites, fused=None if config.compile else False)
+    compile_layers(lm, config, device, sites)  # after the hooks
+    if fsdp and frozen:
+        scale.shard_layers(lm, dtype=dtype, device=device)
+        lm.to(device)  # what is not in a layer: the embedding, the final norm
+    elif fsdp:
+        scale.shard_policy(policy, dtype=dtype, device=device)
+    return policy, digest
+
+
+def compile_layers(lm, config, device, sites):
+    """torch.compile each layer, on CUDA. A hook at `mlp` or `att` would not fire inside a compiled block."""
+    if config.compile and device.type == "cuda":
+        torch._dynamo.config.optimize_ddp = False  # it would split layers without checkpointing
+        hooked_inside = [layer for layer, site in sites if site != "res"]
+        for number, layer in enumerate(lm.model.layers):
+            if number not in hooked_inside:
+                layer.compile()
+
+
+def make_toy_world(config):
+    """Make the toy preset's files where they are missing: rank 0 does, the others wait."""
+    if config.preset == "toy":
+        if runtime.ranks()[0] == 0 and not Path("runs/toy/toy.json").exists():
+            import toy
+
+            toy.make_world(Path("runs/toy"))
+        runtime.barrier()
