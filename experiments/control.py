@@ -34,7 +34,7 @@ import train
 from batches import collate, stream
 from eval_diversity import sample_responses
 from experiments import reproduce
-from sae import SiteHook
+from sae import SiteHook, sae_figures
 from scale import pooled_features
 from settings import parse_args as parse_run_args
 
@@ -138,7 +138,7 @@ def measure(config) -> dict:
         for name, values in here.items():
             columns.setdefault(name, []).append(values)
     whole = {name: torch.cat(values) for name, values in columns.items()}
-    found = sae.sae_figures(sae, whole["states"])
+    found = sae_figures(sae, whole["states"])
     found |= {name: whole[name].mean().item() for name in ("cross_entropy", "cross_entropy_spliced")}
     for side in ("chosen", "rejected"):
         found |= {f"{side}_largest": whole[side].max().item(), f"{side}_smallest": whole[side].min().item()}

@@ -16,11 +16,11 @@ import eval_diversity
 import fpo
 import losses
 import metrics
-import settings
 from data import Pairs
 from eval_diversity import Settings, evaluate, sample_responses
 from runtime import UserError
 from sae import ARRAYS
+from settings import Config, parse_args
 
 WORDS = [*(f"w{i}" for i in range(8, V - 4)), "the", "answer", "is", "here"]
 TEMPLATE = (
@@ -43,7 +43,7 @@ def make_tokenizer():
 def make_settings(config=None, units=(), **changes):
     """Settings as parse_args leaves them, without a bootstrap."""
     settings = Settings(**{"bootstrap": 0, **changes})
-    settings.config, settings.units = config or settings.Config(k=12), list(units)
+    settings.config, settings.units = config or Config(k=12), list(units)
     return settings
 
 
@@ -270,7 +270,7 @@ def run(tmp_path, lm, tokenizer, monkeypatch):
             file.write(json.dumps(dict(zip(("prompt", "chosen", "rejected"), words, strict=True))) + "\n")
     words = "--method fpo --model reference --dataset pairs.jsonl --eval_dataset pairs.jsonl --sae sae.npz"
     words += " --sae_layer 1 --k 7 --max_length 99 --max_prompt_length 50"
-    config = settings.parse_args(words.split())
+    config = parse_args(words.split())
     (tmp_path / "run/config.json").write_text(json.dumps(vars(config) | {"units": [9.0]}))
     return tmp_path
 

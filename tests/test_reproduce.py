@@ -12,9 +12,9 @@ from conftest import D, exact_sae, make_lm, make_pairs, make_sae, nudge
 import data
 import eval_diversity
 import fpo
+import loading
 import runtime
 import settings
-import train
 from experiments import control, reproduce
 from fpo import Statistics
 from scale import pooled_features
@@ -246,7 +246,7 @@ def test_losses_with_another_distance():
 
 
 def test_the_encoder_of_states_pools_the_states(monkeypatch):
-    monkeypatch.setattr(train, "load_config", lambda name: make_lm().config)
+    monkeypatch.setattr(loading, "load_config", lambda name: make_lm().config)
     encoder, h = control.state_encoder(SimpleNamespace(model="")), torch.randn(5, D)
     pooled = pooled_features(h, encoder, torch.tensor([0, 0, 1, 1, 1]), torch.tensor([2, 3]))
     assert torch.allclose(pooled, torch.stack([h[:2].mean(0), h[2:].mean(0)]), atol=1e-6)
@@ -262,9 +262,9 @@ def plainly(lm, sae, x, y):
 
 def lend(monkeypatch, lms, sae, pairs=None):
     """What train.py's functions then load: models by name, an SAE of layer 1, pairs."""
-    monkeypatch.setattr(train, "load_lm", lambda name, *_, **__: lms[name])
-    monkeypatch.setattr(train, "load_saes", lambda *_: ([sae], [(1, "res")]))
-    monkeypatch.setattr(train, "load_data", lambda *_: pairs)
+    monkeypatch.setattr(loading, "load_lm", lambda name, *_, **__: lms[name])
+    monkeypatch.setattr(loading, "load_saes", lambda *_: ([sae], [(1, "res")]))
+    monkeypatch.setattr(loading, "load_data", lambda *_: pairs)
     monkeypatch.setattr(data, "load_tokenizer", lambda name: SimpleNamespace(pad_token_id=0))
     return SimpleNamespace(model="model", reference="reference", dtype="float32", layout="auto")
 
