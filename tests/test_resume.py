@@ -182,7 +182,7 @@ def test_sigterm_saves_and_leaves(folder):
     only): status 0, a state; --resume ends with the same bits.
     """
     run("--out", "whole")
-    code = "import data, train; batches.LOADERS['cpu'] = 1; runtime.run_script(train.main)"
+    code = "import batches, runtime, train; batches.LOADERS['cpu'] = 1; runtime.run_script(train.main)"
     process = start(folder, "-c", code, *RUN, "--out", "cut", "--resume")
     while not lines_of("cut"):
         assert process.poll() is None, process.communicate()[0]
@@ -393,7 +393,7 @@ def kill_rank(process, rank, run, after):
 
 RANKS = """
 import json, os, sys
-import fpo, train
+import fpo, runtime, settings, train
 rank, calls = os.environ["RANK"], []
 
 def poisoned(*args, **kwargs):  # rank 1 alone, in step 2
