@@ -239,7 +239,7 @@ def test_audit_of_conversations(lm):
     """SFT rows with a user's turn between two answers: both forwards sum the answers' tokens alone."""
     first, second, said = [5, 6, 7], [8, 9], [20, 21, 22, 23]
     talk = ([2, 11, 12], first + said + second, [], [1] * 3 + [0] * 4 + [1] * 2)
-    found = fpo.audit(fpo.Policy(lm), Pairs([talk, ([2, 4], [5, 6], [])]), layout="shared")
+    found = audit.audit(fpo.Policy(lm), Pairs([talk, ([2, 4], [5, 6], [])]), layout="shared")
     assert found["difference"] < 1e-5
     batch = collate(Pairs([talk]), [0], layout="separate")
     log_pi = lm(torch.tensor([talk[0] + talk[1]])).logits[0].log_softmax(-1)
