@@ -14,9 +14,8 @@ from batches import collate
 from fpo import Policy, feature_distance
 from runtime import UserError, refuse
 
-# Nats a token by which our forward may differ from the model's own, by `machine_epsilon`, of float32, TF32
-# and bf16: rounding stays ten times below this.
-TOLERANCE = {2**-23: 1e-3, 2**-10: 0.0125, 2**-7: 0.1}
+# Nats a token by which our forward may differ from the model's own: rounding stays ten times below this.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 
 @torch.no_grad()
@@ -46,7 +45,7 @@ def audit(policy: Policy, pairs, *, k=50, **rows) -> dict:
         alone = [collate(pairs, [i], layout="separate").to(device) for i in (longest, shortest)]
         # Of FSDP2's shards the root's are whole since `ours`, the layers gather theirs.
         theirs = torch.stack([policy.plain_logps(one) for one in alone], 1).flatten()
-    kind, limit = type(policy.lm).__name__, TOLERANCE[machine_epsilon(policy)]
+    kind, limit = type(policy.lm).__name__, TOLERANCE[policy.dtype]
     theirs = F.pad(theirs, (0, len(ours.logps) - len(theirs)))  # SFT has no rejected ones
     # Of a pair, as 8 tokens at least: in bf16 the rounding of a single logit is up to 0.1.
     tokens = ours.lengths.view(2, -1).sum(0).clamp(min=8)
@@ -62,12 +61,6 @@ def audit(policy: Policy, pairs, *, k=50, **rows) -> dict:
     return {"difference": difference, "floor": noise_floor(policy, pairs, k=k, **rows), "window": tested}
 
 
-def machine_epsilon(policy) -> float:
-    """From 1 to the next number that the factors of the policy's products can be."""
-    rounded = policy.lm.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
-    return 2**-10 if rounded and policy.dtype == torch.float32 else torch.finfo(policy.dtype).eps
-
-
 @torch.no_grad()
 def noise_floor(policy: Policy, pairs, *, k=50, n=8, **rows) -> float | None:
     """D_FPO between `n` pairs and the same, rounded otherwise: what there is of it where nothing is learned.
@@ -81,7 +74,7 @@ def noise_floor(policy: Policy, pairs, *, k=50, n=8, **rows) -> float | None:
 
     def nudge(module, args, embedded):
         """By half of what products are rounded by, at least by float32's last bit."""
-        step, generator = max(machine_epsilon(policy) / 2, 2**-23), torch.Generator().manual_seed(0)
+        step, generator = max(torch.finfo(policy.dtype).eps / 2, 2**-23), torch.Generator().manual_seed(0)
         up = torch.rand(embedded.shape, generator=generator) < 0.5
         return embedded.float() * torch.where(up, 1 + step, 1 - step).to(embedded.device)
 

@@ -15,10 +15,9 @@ from sae import load_sae
 
 
 def torch_dtype(config, device) -> torch.dtype:
-    """The dtype of weights. auto: float32 on the CPU, bfloat16 on CUDA. tf32: float32, products rounded."""
+    """The dtype of weights. auto: float32 on the CPU, bfloat16 on CUDA."""
     if config.dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    torch.backends.cuda.matmul.allow_tf32 = config.dtype == "tf32"
     return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
 
 

@@ -243,7 +243,6 @@ def pooled_features(states, sae, owner, lengths, rounded=False):
     Returns: (responses, m) float32.
     """
     mean = owner_matrix(owner, len(lengths), sae.W_enc.dtype) / lengths.clamp(min=1)[:, None]
-    rounded = rounded or torch.backends.cuda.matmul.allow_tf32
     return _PooledFeatures.apply(states, sae.W_enc, sae.b_enc, sae.threshold, mean, TOKEN_SLICE, rounded)
 
 
@@ -363,12 +362,8 @@ class ExactOptimizer(torch.optim.Optimizer):
             update_(rule, **{name: x[i : i + SLICE] for name, x in flat.items()}, **changing, **fixed)
 
     def load_state_dict(self, state_dict):
-        """Copy states in, bit for bit: torch's own would cast them to the weights' dtype."""
-        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})  # lr and the rest
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        for number, saved in state_dict["state"].items():
-            for name, tensor in self.state_of(parameters[number]).items():
-                tensor.copy_(saved[name])
+        """Refused: torch's own would cast states to the weights' dtype. Copy them into `state_of` instead."""
+        raise TypeError("ExactOptimizer: copy saved states into those that state_of(parameter) gives")
 
 
 def make_optimizer(rule, parameters, lr, *, shard, betas=(0.9, 0.999), fused=None):

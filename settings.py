@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import torch
 from transformers import HfArgumentParser
 
 from losses import METHODS
@@ -65,7 +64,7 @@ class Config:
     max_prompt_length: int = flag(1024, "tokens of the prompt where both are too long (experiments)")
     # memory and speed
     micro_batch_tokens: int = flag(8192, "most tokens of a forward, padding counted; 0: no limit")
-    dtype: Literal["auto", "float32", "bfloat16", "tf32"] = flag("auto", "CPU: float32, CUDA: bfloat16")
+    dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", "CPU: float32, CUDA: bfloat16")
     layout: Literal["auto", "shared", "separate"] = flag("auto", "the prompt once a pair (shared) or twice")
     activation_checkpointing: bool = flag(True, "compute activations again in the backward (Table 5)")
     compile: bool = flag(True, "torch.compile each layer; without effect on the CPU")
@@ -207,8 +206,6 @@ def check(config):
         refuse("--sae: FPO needs one; `python -m experiments.train_sae` makes one for any model")
     if config.shard == "fsdp" and "RANK" not in os.environ:
         refuse("--shard fsdp: start it with torchrun")
-    if config.dtype == "tf32" and not torch.cuda.is_available():
-        refuse("--dtype tf32: needs CUDA; here it is one of auto, float32, bfloat16")
     for name in ("out", "cache_dir"):
         check_output(name, getattr(config, name), folder=True)
     needed = {"tensorboard": ["tensorboard"], "wandb": ["wandb", "tensorboard"]}.get(config.report_to, [])

@@ -204,7 +204,7 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
             reference, digest = load_policy(config.reference, *loading)
         compiled = config.compile and device.type == "cuda"
         arithmetic = {"device": device.type, "compute": str(torch_dtype(config, device)), "compile": compiled}
-        arithmetic |= {"tf32": config.dtype == "tf32", "layout": rows["layout"]}
+        arithmetic |= {"layout": rows["layout"]}
         caches = []
         for part in (pairs, held_out):
             identity = offline.reference_identity(reference, part, weights=digest, arithmetic=arithmetic)

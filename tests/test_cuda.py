@@ -103,7 +103,7 @@ def test_cache_is_the_forward(models, tmp_path):
     torch.testing.assert_close(found.features[0], says.features[0].cpu(), atol=0.05, rtol=1e-2)
 
 
-RUNS = {"fpo": [], "tdpo2": ["--method", "tdpo2"], "tf32": ["--dtype", "tf32"], "fsdp": ["--shard", "fsdp"]}
+RUNS = {"fpo": [], "tdpo2": ["--method", "tdpo2"], "fsdp": ["--shard", "fsdp"]}
 RUNS["no_compile"] = ["--no_compile"]
 
 

@@ -3,7 +3,6 @@
 import copy
 import inspect
 import itertools
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +19,6 @@ from batches import collate
 from data import Pairs, load_pairs, load_tokenizer
 from runtime import UserError
 from sae import load_sae
-from scale import tf32
 
 LAYERS = (1, 3)
 
@@ -292,17 +290,6 @@ def test_bf16_weights_have_a_float32_residual_stream(world):
     assert 0 < near < 0.7 * far
     policy.dtype = torch.bfloat16  # the floor that the audit prints agrees with this count
     assert near / 2 < audit.noise_floor(policy, pairs, layout="shared") < 2 * near
-
-
-def test_rounding_of_products():
-    """The distance from 1 to the next number of 23, 10 and 7 bits; TF32 is a card's."""
-    for dtype, device, allowed, bits in (
-        (torch.float32, "cuda", False, 23), (torch.float32, "cuda", True, 10),
-        (torch.float32, "cpu", True, 23), (torch.bfloat16, "cuda", True, 7),
-    ):  # fmt: skip
-        policy = SimpleNamespace(dtype=dtype, lm=SimpleNamespace(device=torch.device(device)))
-        with tf32(allowed):
-            assert audit.machine_epsilon(policy) == 2**-bits and 2**-bits in audit.TOLERANCE
 
 
 # ---- scores

@@ -216,7 +216,7 @@ def test_where_training_starts(tmp_path, monkeypatch):
         (["--no_such", "1"], "--no_such 1: no such flag"),
         (["--warmup_ratio", "1"], "--warmup_ratio 1.0: must be from 0 to below 1"),
         (["--max_prompt_length", "4096"], "--max_prompt_length 4096: must be below --max_length 1024"),
-        (["--dtype", "tf32"], "needs CUDA"),
+        (["--dtype", "float16"], "invalid choice: 'float16' .*bfloat16"),
         (["--shard", "fsdp"], "torchrun"),
         (["--out", "/proc/x"], "/proc"),
         (["--model", ""], "--model ''"),
