@@ -30,8 +30,8 @@ class Batch(NamedTuple):
     doc: torch.Tensor  # (R, L) the row's number, -1 padding
     state: torch.Tensor  # (N,) which of the R·L places predicts the token: the one before it
     target: torch.Tensor  # (N,) the token
-    owner: torch.Tensor  # (N,) which of the 2B responses it belongs to: B chosen, then B rejected; sorted
-    lengths: torch.Tensor  # (2B,) targets of each response (0 for SFT's rejected)
+    owner: torch.Tensor  # (N,) which of the 2·B responses it belongs to: B chosen, then B rejected; sorted
+    lengths: torch.Tensor  # (2·B,) targets of each response (0 for SFT's rejected)
     index: torch.Tensor  # type: ignore[assignment]  # (B,) the pairs' places in the data set
     weight: torch.Tensor  # (B,) float32, 1; 0 for a padding pair, which only keeps a rank busy
 

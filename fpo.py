@@ -4,12 +4,12 @@ Glossary, of B pairs
     symbol        name here                shape      place in the paper
     x, y_w, y_l   prompt, chosen, rejected            Sec. 2
     π_θ, π_ref    policy, reference                   Sec. 2
-    log π(y|x)    logps                    (2B,)      Eq. 7: sum over the response; B chosen, then B rejected
-    |y|           lengths                  (2B,)      Eq. 9: response tokens
+    log π(y|x)    logps                    (2·B,)      Eq. 7: sum over the response; B chosen, then B rejected
+    |y|           lengths                  (2·B,)      Eq. 9: response tokens
     h             SiteHook.value           (R, L, d)  Eq. 5: what the SAE reads
-    c̄             features                 (2B, m)    Eq. 10: SAE features, mean over the response
-    D_FPO         mse                      (2B,)      Eq. 10
-    D_TDPO        kl                       (2B,)      Eq. 3: sequential KL(ref ‖ policy)
+    c̄             features                 (2·B, m)    Eq. 10: SAE features, mean over the response
+    D_FPO         mse                      (2·B,)      Eq. 10
+    D_TDPO        kl                       (2·B,)      Eq. 3: sequential KL(ref ‖ policy)
 
 Where each equation is: Eqs. 3, 4, 7 to 9 and 11 are in losses.py, one function a method. Their log π and KL
 come from scale.token_statistics, in slices. Eq. 5: sae.JumpReLUSAE.encode; scale.pooled_features, in slices.
@@ -34,14 +34,14 @@ from scale import owner_matrix, pooled_features, token_statistics
 
 
 class Statistics(NamedTuple):
-    """What a model says of 2B responses, chosen first. Fields that were not computed are None or empty."""
+    """What a model says of 2·B responses, chosen first. Fields that were not computed are None or empty."""
 
-    logps: torch.Tensor  # (2B,) log π(y|x), summed over the response's tokens
-    lengths: torch.Tensor | None = None  # (2B,) response tokens |y|
-    features: tuple[torch.Tensor, ...] = ()  # per SAE (2B, m), c̄: averaged over the response's positions
-    kl: torch.Tensor | None = None  # (2B,) sequential KL(ref ‖ policy), where the policy holds a reference
-    entropy: torch.Tensor | None = None  # (2B,) of the next-token distributions, summed as log π is, nats
-    norms: tuple[torch.Tensor, ...] = ()  # per SAE (2B,), ‖h‖² averaged over the response's positions
+    logps: torch.Tensor  # (2·B,) log π(y|x), summed over the response's tokens
+    lengths: torch.Tensor | None = None  # (2·B,) response tokens |y|
+    features: tuple[torch.Tensor, ...] = ()  # per SAE (2·B, m), c̄: averaged over the response's positions
+    kl: torch.Tensor | None = None  # (2·B,) sequential KL(ref ‖ policy), where the policy holds a reference
+    entropy: torch.Tensor | None = None  # (2·B,) of the next-token distributions, summed as log π is, nats
+    norms: tuple[torch.Tensor, ...] = ()  # per SAE (2·B,), ‖h‖² averaged over the response's positions
 
 
 # ---------------------------------------------------------------------------- the transformer's mask
@@ -157,13 +157,13 @@ class Policy(nn.Module):
         return self._read(batch)[2]
 
     def _pool(self, sites, batch):
-        """Features c̄ (Eq. 10) and mean ‖h‖² of each response, per SAE: ((2B, m), …), ((2B,), …)."""
+        """Features c̄ (Eq. 10) and mean ‖h‖² of each response, per SAE: ((2·B, m), …), ((2·B,), …)."""
         owner, lengths = batch.owner, batch.lengths
         rounded = self.dtype == torch.bfloat16
         features = tuple(
             pooled_features(h, sae, owner, lengths, rounded) for h, sae in zip(sites, self.saes, strict=True)
         )
-        mean = owner_matrix(owner, len(lengths), torch.float32) / lengths.clamp(min=1)[:, None]  # (2B, N)
+        mean = owner_matrix(owner, len(lengths), torch.float32) / lengths.clamp(min=1)[:, None]  # (2·B, N)
         return features, tuple(mean @ h.detach().float().square().sum(-1) for h in sites)
 
     def forward(self, batch: Batch, entropy=False) -> tuple[Statistics, Statistics | None]:
@@ -182,7 +182,7 @@ class Policy(nn.Module):
             softcap=softcap, ref_states=ref_states, ref_weight=ref_weight, entropy=entropy, fused=self.fused,
         )  # fmt: skip
         # Sums over each response as a product: the same order every time, on any device.
-        belongs = owner_matrix(batch.owner, len(batch.lengths), logps.dtype)  # (2B, N)
+        belongs = owner_matrix(batch.owner, len(batch.lengths), logps.dtype)  # (2·B, N)
         kl, H = (None if x is None else belongs @ x for x in (kl, H))
         features, norms = self._pool(sites, batch)
         policy = Statistics(belongs @ logps, batch.lengths, features, kl, H, norms)
@@ -209,13 +209,23 @@ class Policy(nn.Module):
 
 # ---------------------------------------------------------------------------- method -> loss
 def method_loss(
-    method, policy, reference=None, *, beta, alpha=0.5, gamma=0.5, k=50, stop_gradient=True, units=()
+    method,
+    policy_stats,
+    reference_stats=None,
+    *,
+    beta,
+    alpha=0.5,
+    gamma=0.5,
+    k=50,
+    stop_gradient=True,
+    units=(),
 ):
     """One method's loss per pair, from the statistics (Table 1, Table 6).
 
     Args:
-        policy: Statistics of the policy, 2B responses; method: one of METHODS.
-        reference: Statistics of the reference: dpo, tdpo1, tdpo2 and fpo need it; others log D_FPO by it.
+        method: one of METHODS.
+        policy_stats: Statistics of the policy, 2·B responses.
+        reference_stats: of the reference: dpo, tdpo1, tdpo2 and fpo need them; others log D_FPO by them.
         beta, alpha, gamma, k: as in Table 5; k of Eq. 10.
         stop_gradient: whether δ_FPO's chosen term is held constant (Table 3).
         units: per SAE s², by which D_FPO is divided (see `feature_distance`); none: as in Eq. 10.
@@ -225,16 +235,17 @@ def method_loss(
     """
     if method not in METHODS:
         raise UserError(f"method {method!r}: one of {', '.join(METHODS)}")
-    (w, l), (n_w, n_l) = policy.logps.chunk(2), policy.lengths.chunk(2)
+    # ---- what Table 1 is made of, (B,) each: w chosen, l rejected
+    (w, l), (n_w, n_l) = policy_stats.logps.chunk(2), policy_stats.lengths.chunk(2)
     if method == "sft":
         return losses.sft_loss(w, n_w), {}
+    if reference_stats is not None:
+        ref_w, ref_l = reference_stats.logps.chunk(2)
+    far = distances(policy_stats, reference_stats, k=k, units=units)
+    absent = (cast(torch.Tensor, None),) * 2
+    (kl_w, kl_l), (D_w, D_l) = (far[name].chunk(2) if name in far else absent for name in ("kl", "mse"))
 
-    values, absent = distances(policy, reference, k=k, units=units), cast(torch.Tensor, None)
-    kl_w, kl_l, D_w, D_l = (
-        values.get(f"{name}_{y}", absent) for name in ("kl", "mse") for y in ("chosen", "rejected")
-    )
-    if reference is not None:
-        ref_w, ref_l = reference.logps.chunk(2)
+    # ---- the method's row of Table 1, or of Table 6
     if method == "simpo":
         loss = losses.simpo_loss(w, l, n_w, n_l, beta=beta, gamma=gamma)
     elif method == "simpo_kl":
@@ -248,29 +259,31 @@ def method_loss(
     else:
         options = {"beta": beta, "alpha": alpha, "stop_gradient": stop_gradient}
         loss = losses.fpo_loss(w, l, ref_w, ref_l, n_w, n_l, D_w, D_l, **options)
+
+    # ---- what is logged
+    values = {}
+    for name, x in far.items():
+        values[f"{name}_chosen"], values[f"{name}_rejected"] = x.chunk(2)
     if method in (*NEEDED, "fpo"):  # the constraint δ of Eq. 3, 4 or 11
         far_w, far_l = (D_w, D_l) if method == "fpo" else (kl_w, kl_l)
         values["constraint"] = (1 if method == "tdpo1" else alpha) * beta * (far_l - far_w)
-    reward_w, reward_l = rewards(method, policy, reference, beta=beta).chunk(2)
+    reward_w, reward_l = rewards(method, policy_stats, reference_stats, beta=beta).chunk(2)
     return loss, values | {"reward_chosen": reward_w, "reward_rejected": reward_l}
 
 
-def distances(policy, reference, *, k, units) -> dict[str, torch.Tensor]:
-    """How far the policy is from the reference, (B,) each: what TDPO and FPO constrain, logged for all."""
-    found = {} if policy.kl is None else {"kl": policy.kl}
-    if reference is not None and policy.features and reference.features:
-        found["mse"] = feature_distance(policy.features, reference.features, k=k, units=units)
-    sides = ("chosen", "rejected")
-    return {
-        f"{name}_{y}": half for name, x in found.items() for y, half in zip(sides, x.chunk(2), strict=True)
-    }
+def distances(policy_stats, reference_stats, *, k, units) -> dict[str, torch.Tensor]:
+    """How far the policy is from the reference: kl and mse (D_FPO), (2·B,) each, where they can be told."""
+    far = {} if policy_stats.kl is None else {"kl": policy_stats.kl}
+    if reference_stats is not None and policy_stats.features and reference_stats.features:
+        far["mse"] = feature_distance(policy_stats.features, reference_stats.features, k=k, units=units)
+    return far
 
 
 def feature_distance(policy_features, reference_features, *, k, units=()):
-    """(2B,) D_FPO, Eq. 10, averaged over the SAEs where there are several (Table 7).
+    """(2·B,) D_FPO, Eq. 10, averaged over the SAEs where there are several (Table 7).
 
     Args:
-        policy_features, reference_features: per SAE (2B, m), pooled.
+        policy_features, reference_features: per SAE (2·B, m), pooled.
         units: per SAE s² = mean ‖h‖² of the reference's states: D / s² has no unit, so that an α means the
             same for models whose states have other lengths (ours, not the paper's). None given: D itself.
     """
@@ -278,10 +291,10 @@ def feature_distance(policy_features, reference_features, *, k, units=()):
     return torch.stack([d / unit for d, unit in zip(D, units or (1,) * len(D), strict=True)]).mean(0)
 
 
-def rewards(method, policy, reference=None, *, beta):
-    """(2B,) each response's part of LPD and γ_ref: β log(π/π_ref), FPO's over |y|; SimPO's β/|y| log π."""
-    n = policy.lengths.clamp(min=1)
+def rewards(method, policy_stats, reference_stats=None, *, beta):
+    """(2·B,) each response's part of LPD and γ_ref: β log(π/π_ref), FPO's over |y|; SimPO's β/|y| log π."""
+    n = policy_stats.lengths.clamp(min=1)
     if method in ("simpo", "simpo_kl"):
-        return (beta * policy.logps / n).detach()
-    ratio = (policy.logps - reference.logps).detach()
+        return (beta * policy_stats.logps / n).detach()
+    ratio = (policy_stats.logps - reference_stats.logps).detach()
     return beta * ratio / n if method in PER_TOKEN else beta * ratio

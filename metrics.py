@@ -5,7 +5,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from batches import micro_batches, stream
-from fpo import feature_distance
+from fpo import distances
 from losses import PER_TOKEN
 from runtime import ranks
 
@@ -50,14 +50,11 @@ def score_pairs(
 
 
 def _response_values(policy, reference, k, units, top):
-    """{name: (2B,) or (2B, top)} of one batch, for `score_pairs`, from Statistics (reference: or None)."""
+    """{name: (2·B,) or (2·B, top)} of one batch, for `score_pairs`, from Statistics (reference: or None)."""
     values = {"logps": policy.logps, "lengths": policy.lengths, "entropy": policy.entropy}
-    if policy.kl is not None:
-        values["kl"] = policy.kl
+    values |= distances(policy, reference, k=k, units=units)
     if reference is not None:
         values["ratio"] = policy.logps - reference.logps
-        if policy.features and reference.features:
-            values["mse"] = feature_distance(policy.features, reference.features, k=k, units=units)
     for name, says in (("policy", policy), ("reference", reference)):
         if top and says is not None and says.features:
             c = says.features[0]

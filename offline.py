@@ -223,7 +223,7 @@ class ReferenceCache:
         return self._open[number]
 
     def lookup(self, index) -> Statistics:
-        """Statistics of the B pairs at places `index` (B,): logps (2B,), features per SAE (2B, m)."""
+        """Statistics of the B pairs at places `index` (B,): logps (2·B,), features per SAE (2·B, m)."""
         index = index.tolist()
         logps = torch.empty(2, len(index))
         features = tuple(torch.zeros(2 * len(index), m) for m in self.widths)
