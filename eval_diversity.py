@@ -109,15 +109,14 @@ def parse_args(argv=None) -> Settings:
     names = () if settings.preset else ("preset", *SHARED)
     if names and run.get("method") != "sft":  # SFT has conversations in place of pairs
         names += ("dataset", "eval_dataset")
+    values = {name: run[name] for name in names if run.get(name)}
     given = {name: getattr(settings, name) for name in ("preset", "model", "reference")}
     given |= {"eval_dataset": settings.dataset, "dataset": settings.train_pairs}
     if settings.train_pairs is None:  # then these are not read, but must be there
         given["dataset"] = settings.dataset
-    words = ["--method", "dpo"]  # which reads pairs and needs no SAE
-    for name, value in [*((name, run.get(name)) for name in names), *given.items()]:
-        if value:
-            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    settings.config = parse_run_args([*words, *rest])
+    values |= {name: value for name, value in given.items() if value}
+    # The method of `config` is one that reads pairs and needs no SAE.
+    settings.config = parse_run_args(rest, {**values, "method": "dpo"})
     for name in ("sae_layer", "sae_site"):
         if settings.units and getattr(settings.config, name) != run[name]:
             refuse(f"--{name}: {settings.model} was trained with D_FPO in units of {run[name]}")

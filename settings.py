@@ -132,18 +132,16 @@ PRESETS["own"] = {"sae": None, "sae_layer": [], "sae_width": "auto", **UNITLESS}
 AT_LEAST_1 = {"batch_size", "epochs", "steps", "k", "max_length", "max_prompt_length"}  # others at least 0
 
 
-def parse_args(argv=None) -> Config:
-    """The command line over Table 5's row for the method, over the preset, over Config's defaults.
+def parse_args(argv=None, defaults=()) -> Config:
+    """The command line over `defaults`, over Table 5's row for the method, over the preset, over Config's.
 
+    defaults: {flag: value} of another run, say, whose settings hold where the command line is silent.
     Raises: UserError: a flag or value that is not allowed, in one line that names those that are.
     """
-    about = {
-        "description": "FPO, and the preference methods that the paper compares it with.",
-        "allow_abbrev": False,
-        "add_help": False,
-    }
-    parser = HfArgumentParser(Config, **about)  # type: ignore[arg-type]
+    about = {"description": "FPO, and the preference methods that the paper compares it with."}
+    parser = HfArgumentParser(Config, **about, allow_abbrev=False, add_help=False)  # type: ignore[arg-type]
     parser.error = refuse  # type: ignore[method-assign]  # argparse's own prints a page
+    parser.set_defaults(**dict(defaults))
     first, _ = parser.parse_known_args(argv)
     preset = first.preset or ("own" if first.model else "gemma-2-2b")
     if preset not in PRESETS:
@@ -151,7 +149,7 @@ def parse_args(argv=None) -> Config:
     paper = PAPER_DATA["sft" if first.method == "sft" else "others"] if preset.startswith("gemma") else {}
     left_out = {"base"} if first.method == "fpo" else {"base", "alpha"}  # a preset's α is FPO's
     values = {name: value for name, value in PRESETS[preset].items() if name not in left_out}
-    parser.set_defaults(**{"preset": preset, **paper, **TABLE_5[first.method], **values})
+    parser.set_defaults(**{"preset": preset, **paper, **TABLE_5[first.method], **values, **dict(defaults)})
     parser.add_argument("-h", "--help", action="help", help="show this and end")  # now with those defaults
     config, unknown = parser.parse_args_into_dataclasses(
         argv, return_remaining_strings=True, look_for_args_file=False
