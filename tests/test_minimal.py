@@ -1,0 +1,136 @@
+"""minimal.py judges train.py: from the same files both make the same steps, whatever the loss."""
+
+import copy
+import functools
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from conftest import lines_of, make_sae
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
+
+import losses
+import minimal
+import toy
+import train
+from data import load_pairs, load_tokenizer
+from sae import SiteHook, load_sae
+
+LAYER, BATCH, STEPS, PAIRS = 1, 4, 8, 15  # two epochs, each with steps of 4, 4, 4 and 3 pairs
+LOOP = {"batch_size": BATCH, "lr": 2e-4, "beta2": 0.9, "warmup": 5, "seed": 3}
+# Log-probabilities of 100 nats are rounded at 1e-5: a small β keeps this out of losses that take sums.
+SUM, MEAN = {"beta": 0.02}, {"beta": 0.7}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A folder with a model of random weights, its tokenizer, an SAE, and pairs in the toy's language."""
+    folder, rng = tmp_path_factory.mktemp("tiny"), random.Random(0)
+    pairs = [toy.make_pair(rng, rng.choice(toy.PROMPTS)) for _ in range(PAIRS + 3)]
+    for name, part in (("train", pairs[:PAIRS]), ("test", pairs[PAIRS:])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in part))
+    tokenizer = toy.make_tokenizer(
+        [pair[side] for pair in pairs for side in ("prompt", "chosen", "rejected")]
+    )
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16, query_pre_attn_scalar=16,
+        sliding_window=16, initializer_range=0.1,
+    )  # fmt: skip
+    Gemma2ForCausalLM(config).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    # 24 features are active at every state, 24 at none: rounding can't turn one on or off.
+    sae = make_sae(m=48)
+    sae.b_enc.copy_(torch.tensor([12.0, -12.0]).repeat_interleave(24))
+    np.savez(folder / "sae.npz", **{name: buffer.numpy() for name, buffer in sae.named_buffers()})
+    return folder
+
+
+@torch.no_grad()
+def mean_square(lm, hook, pairs):
+    """Mean of ‖h‖² over the states that predict the responses' tokens, one response at a time."""
+    states = []
+    for prompt, *responses in pairs:
+        for y in responses:
+            lm(torch.cat([prompt, y])[None])
+            states.append(hook.value[0, len(prompt) - 1 : -1].double())
+    return torch.cat(states).square().sum(-1).mean().item()
+
+
+def plain_loss(method, options, reference):
+    """A loss to hand to the page's loop, as one who changes the page would write it."""
+
+    def loss(policy, ref_logps, ref_features):
+        logps, ref, n = policy.logps.chunk(2), ref_logps.chunk(2), policy.lengths.chunk(2)
+        if method == "sft":
+            return losses.sft_loss(logps[0], n[0])
+        if method == "dpo":
+            return losses.dpo_loss(*logps, *ref, **options)
+        if method == "simpo":
+            return losses.simpo_loss(*logps, *n, **options)
+        with torch.no_grad():  # TDPO: the reference stays, and gives whole distributions at every step
+            logits = reference(policy.ids).logits
+        kl = losses.sequential_kl(policy.logits, logits, policy.labels)
+        return losses.tdpo2_loss(*logps, *ref, *kl.chunk(2), **options)
+
+    return functools.partial(minimal.fpo, **options) if method == "fpo" else loss
+
+
+@pytest.mark.parametrize(
+    ("method", "clip", "options"),
+    [
+        ("fpo", 1.2, {**MEAN, "alpha": 0.3, "k": 5}),
+        ("fpo", 1.2, {**MEAN, "alpha": 30, "k": 5, "stop_gradient": False}),  # and --feature_scale rms
+        ("sft", 2.6, {}),
+        ("dpo", 0.7, SUM),
+        ("simpo", 1.5, {**MEAN, "gamma": 0.4}),
+        ("tdpo2", 0.7, {**SUM, "alpha": 3}),
+    ],
+    ids=["fpo", "fpo-rms-without-sg", "sft", "dpo", "simpo", "tdpo2"],
+)
+def test_train_makes_the_steps_of_the_page(tiny, tmp_path, method, clip, options):
+    """Gradient norms, learning rates, losses and weights, over several micro-batches a step.
+
+    What Adam divides by is near 0 for a few weights at first, so that rounding moves them as far as the
+    gradient does: hence 1e-3 of the update. Measured: 1e-5, at most 1.3e-4.
+    """
+    flags = {name: value for name, value in options.items() if name != "stop_gradient"}
+    flags |= {"model": tiny / "model", "dataset": tiny / "train.jsonl", "eval_dataset": tiny / "test.jsonl"}
+    flags |= {"sae": tiny / "sae.npz", "sae_layer": LAYER, "out": tmp_path, "cache_dir": tmp_path / "cache"}
+    flags |= {"batch_size": BATCH, "epochs": 2, "seed": LOOP["seed"], "lr": LOOP["lr"], "max_grad_norm": clip}
+    flags |= {"adam_beta2": LOOP["beta2"], "warmup_steps": LOOP["warmup"], "warmup_ratio": 0}
+    flags |= {"micro_batch_tokens": 120, "eval_every": 0, "method": method}
+    words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+    without_sg = not options.get("stop_gradient", True)
+    scale = ["--feature_scale", "rms" if without_sg else "none"]
+    config = train.parse_args([*words, *scale, "--no_eval_kl", *["--no_stop_gradient"] * without_sg])
+    train.main(config)
+    lines, weights = lines_of(tmp_path), load_file(tmp_path / "model/model.safetensors")
+
+    lm = AutoModelForCausalLM.from_pretrained(tiny / "model", attn_implementation="eager")
+    reference, sae = copy.deepcopy(lm), load_sae(tiny / "sae.npz", layer=LAYER)
+    tokenizer = load_tokenizer(str(tiny / "model"))
+    pairs = list(load_pairs(str(tiny / "train.jsonl"), tokenizer, sft=method == "sft"))
+    with SiteHook(lm, LAYER) as hook:
+        unit = {"unit": mean_square(lm, hook, pairs)} if without_sg else {}
+        stored = minimal.phase_1(lm, hook, sae, pairs)
+        loss = plain_loss(method, options | unit, reference)
+        history = minimal.train(lm, hook, sae, pairs, stored, loss=loss, clip=clip, steps=STEPS, **LOOP)
+
+    norms = [norm for _, norm, _ in history]
+    assert min(norms) < 0.95 * clip and max(norms) > 1.05 * clip, "it clips some steps alone"
+    assert len(lines) == len(history) == STEPS
+    for line, (mean, norm, lr) in zip(lines, history, strict=True):
+        assert line["grad_norm"] == pytest.approx(norm, rel=1e-5)
+        assert line["lr"] == pytest.approx(lr, rel=1e-12)
+        assert line["loss"] == pytest.approx(mean, rel=1e-5)
+    ours, plain, start = (
+        {name: m[name].double() for name in weights}
+        for m in (weights, lm.state_dict(), reference.state_dict())
+    )
+    moved, apart = (sum((a[n] - plain[n]).square().sum() for n in weights) ** 0.5 for a in (start, ours))
+    assert 0 < apart < 1e-3 * moved
