@@ -143,7 +143,7 @@ def main(folder="runs/toy"):
         train(lm, hook, sae, pairs, stored)
         after = evaluate(lm, hook, sae, held_out, stored_held_out)
     for name in before:
-        print(f"held-out {name}: {before[name]:.4f} before, {after[name]:.4f} after")
+        print(f"held-out {name}: {before[name]:.4g} before, {after[name]:.4g} after")
 
 
 if __name__ == "__main__":

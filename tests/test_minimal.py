@@ -2,8 +2,10 @@
 
 import copy
 import functools
+import inspect
 import json
 import random
+import re
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
 import losses
 import minimal
+import settings
 import toy
 import train
 from data import load_pairs, load_tokenizer
@@ -107,7 +110,7 @@ def test_train_makes_the_steps_of_the_page(tiny, tmp_path, method, clip, options
     words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
     without_sg = not options.get("stop_gradient", True)
     scale = ["--feature_scale", "rms" if without_sg else "none"]
-    config = train.parse_args([*words, *scale, "--no_eval_kl", *["--no_stop_gradient"] * without_sg])
+    config = settings.parse_args([*words, *scale, "--no_eval_kl", *["--no_stop_gradient"] * without_sg])
     train.main(config)
     lines, weights = lines_of(tmp_path), load_file(tmp_path / "model/model.safetensors")
 
@@ -133,4 +136,31 @@ def test_train_makes_the_steps_of_the_page(tiny, tmp_path, method, clip, options
         for m in (weights, lm.state_dict(), reference.state_dict())
     )
     moved, apart = (sum((a[n] - plain[n]).square().sum() for n in weights) ** 0.5 for a in (start, ours))
-    assert 0 < apart < 1e-3 * moved
+    assert apart < 1e-3 * moved
+
+
+def test_the_page_is_the_toy_preset():
+    """What minimal.main leaves to its defaults is what `train.py --method fpo --preset toy` sets."""
+    config = settings.parse_args(["--method", "fpo", "--preset", "toy"])
+    for function, given in ((minimal.train, {"loss"}), (minimal.fpo, {"unit"})):
+        renamed = {"beta2": "adam_beta2", "clip": "max_grad_norm", "warmup": "warmup_steps"}
+        for name, parameter in inspect.signature(function).parameters.items():
+            if parameter.default is not parameter.empty and name not in given:
+                assert parameter.default == getattr(config, renamed.get(name, name)), name
+    assert (config.schedule, config.optimizer, config.feature_scale) == ("constant", "adam", "none")
+
+
+def test_python_minimal_prints_what_train_ends_with(folder, monkeypatch, capsys):
+    """Accuracy and D_FPO of the toy's held-out pairs, before and after two steps, to four digits."""
+    monkeypatch.setattr(minimal, "train", functools.partial(minimal.train, steps=2, lr=3e-3))
+    minimal.main()
+    printed = capsys.readouterr().out.splitlines()[-3:]
+    flags = "--method fpo --preset toy --steps 2 --lr 3e-3 --eval_every 0 --no_eval_kl"
+    train.main(settings.parse_args(flags.split()))
+    scores = json.loads((folder / "runs/toy/fpo/scores.json").read_text())
+    names = {"accuracy": "accuracy", "D(y_w)": "mse_chosen", "D(y_l)": "mse_rejected"}
+    for line, (ours, theirs) in zip(printed, names.items(), strict=True):
+        before, after = re.fullmatch(rf"held-out {re.escape(ours)}: (\S+) before, (\S+) after", line).groups()
+        assert float(before) == pytest.approx(scores["before"][theirs], abs=1e-6)
+        assert float(after) == pytest.approx(scores["after"][theirs], rel=1e-3)
+        assert float(after) > 1e-4, "the model has moved"

@@ -8,6 +8,7 @@ import torch
 from conftest import ROOT, finish, lines_of, make_lm, make_pairs, start
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, Gemma2ForCausalLM
+from transformers.models.gemma2.modeling_gemma2 import Gemma2MLP
 
 import audit
 import eval_diversity
@@ -147,6 +148,61 @@ def test_eval_script_agrees_with_the_run(folder):
         assert scores[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
 
 
+# ---- what weights and losses can't show: see test_minimal.py for those
+FEW = [*SHORT, "--dataset", f"{TRAIN}:train[:8]", "--eval_dataset", "runs/toy/test.jsonl:train[:12]"]
+
+
+def test_blocks_are_made_again_in_the_backward(folder, monkeypatch):
+    """With --activation_checkpointing each of 4 blocks runs once more a step, and only where it trains."""
+    ran = []
+    forward = Gemma2MLP.forward
+    monkeypatch.setattr(Gemma2MLP, "forward", lambda self, x: ran.append(self.training) or forward(self, x))
+    counts = {}
+    for flag in ("--no_activation_checkpointing", "--activation_checkpointing"):
+        run("--method", "simpo", *FEW, flag, "--out", flag[2:])
+        counts[flag] = len(ran)
+        ran.clear()
+    without, with_it = counts.values()
+    assert with_it - without == 4 * 3, "4 blocks, 3 steps"
+    a, b = (lines_of(flag[2:]) for flag in counts)
+    assert [line["grad_norm"] for line in a] == pytest.approx([line["grad_norm"] for line in b], rel=1e-5)
+
+
+def test_dropout_is_off(folder):
+    """A model whose config has dropout trains as the same weights without: the reference can't be random."""
+    subprocess.run(["cp", "-rL", folder / "runs/toy/model", folder / "leaky"], check=True)
+    path = folder / "leaky/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"attention_dropout": 0.5}))
+    run("--method", "fpo", *FEW, "--out", "plain")
+    run("--method", "fpo", *FEW, "--model", "./leaky", "--out", "leaky_run")
+    for name in ("loss", "grad_norm", "mse_rejected"):
+        assert [line[name] for line in lines_of("plain")] == [line[name] for line in lines_of("leaky_run")]
+
+
+def test_scores_on_the_way_are_those_of_the_model_then(folder):
+    """`eval_*` of step 2 is what a run of 2 steps ends with, column by column; other lines have none."""
+    every = [*FEW[:-4], "--eval_every", "2", *FEW[-4:], "--lr", "1e-3"]
+    run("--method", "fpo", *every, "--eval_kl", "--out", "three")
+    run("--method", "fpo", *every, "--eval_kl", "--steps", "2", "--out", "two")
+    ended = json.loads((folder / "two/scores.json").read_text())["after"]
+    first, second, third = lines_of("three")
+    assert second == second | {f"eval_{name}": pytest.approx(x, rel=1e-6) for name, x in ended.items()}
+    assert {"accuracy", "kl_rejected", "mse_chosen", "nll_chosen"} < ended.keys()
+    assert all(ended[name] > 0 for name in ("kl_rejected", "mse_chosen", "nll_chosen"))
+    assert not any(name.startswith("eval_") for line in (first, third) for name in line)
+
+
+def test_advice_is_printed_at_step_10(folder, capsys):
+    """Once, with the numbers of that step, where α is far too large."""
+    run("--method", "fpo", *FEW, "--steps", "11", "--alpha", "1e5", "--lr", "1e-3", "--out", "far")
+    line = lines_of("far")[9]
+    times = line["constraint_size"] / line["margin_size"]
+    assert times > 1 and line["constraint_share"] == pytest.approx(times / (1 + times))
+    says = f"the constraint is {times:.2g} × the reward margin: --alpha {1e5 / times:.1g} would"
+    printed = capsys.readouterr().out
+    assert f"step 10: {says}" in printed and printed.count("would balance them") == 1
+
+
 # ---- settings
 def test_presets_are_table_5():
     """The paper's values, as printed there; and where it is silent those of the experiments' code."""
@@ -256,10 +312,17 @@ def test_models_that_do_not_fit(folder):
         save_toy(folder, name, **change)
         with pytest.raises(UserError, match=says):
             run(*SHORT, flag, f"./{name}")
-    (folder / "adapter").mkdir()
-    (folder / "adapter/adapter_config.json").write_text("{}")
-    with pytest.raises(UserError, match="this is an adapter"):
-        run(*SHORT, "--model", "./adapter")
+    config = json.loads((folder / "runs/toy/model/config.json").read_text())
+    config |= {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    for name, file, content, says in (
+        ("adapter", "adapter_config", {}, "this is an adapter"),
+        ("small", "config", config, "its weights are quantised"),
+    ):
+        (folder / name).mkdir()
+        (folder / f"{name}/{file}.json").write_text(json.dumps(content))
+        for flag in ("--model", "--reference"):
+            with pytest.raises(UserError, match=says):
+                run(*SHORT, flag, f"./{name}")
 
 
 def test_parameters_without_a_gradient_are_frozen():
