@@ -16,8 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
@@ -93,8 +94,7 @@ def build_reference(policy: Policy, pairs: data.Pairs, cache_dir, identity, *, m
             runtime.write_json(folder / "manifest.json", manifest)
         runtime.barrier()
         shards = [folder / f"shard_{s:05d}.safetensors" for s in range(-(-len(pairs) // SHARD))]
-        missing = [s for s, path in enumerate(shards) if not _whole(path)]
-        runtime.barrier()  # every rank has seen the same shards before any writes
+        missing = _missing(shards, device)
         groups, ends = _shard_batches(pairs, missing[rank::world], max_tokens, rows)
         groups = lockstep(groups, device)
         was_training, parts, waiting = policy.training, list[tuple](), list[tuple]()
@@ -112,6 +112,22 @@ def build_reference(policy: Policy, pairs: data.Pairs, cache_dir, identity, *, m
         policy.train(was_training)
         runtime.barrier()
     return ReferenceCache(folder)
+
+
+def _missing(shards, device) -> list[int]:
+    """Numbers of the shards that are not there as they were written, the same on every rank.
+
+    Every byte is read once a start, a rank's share by each; that all tell each other is a barrier too, so
+    none writes before all have looked.
+    """
+    rank, world = runtime.ranks()
+    broken = torch.zeros(len(shards), dtype=torch.int32)
+    for s in range(rank, len(shards), world):
+        broken[s] = not _whole(shards[s])
+    if dist.is_initialized():
+        broken = broken.to(device)
+        dist.all_reduce(broken)
+    return broken.nonzero()[:, 0].tolist()
 
 
 def _shard_batches(pairs, shards, max_tokens, rows):
@@ -213,9 +229,10 @@ class ReferenceCache:
     def _shard(self, number):
         if number not in self._open:
             path = self.folder / f"shard_{number:05d}.safetensors"
-            if not _whole(path):
-                raise UserError(f"{path}: not the bytes that were written; start again to make it anew")
-            file = safe_open(path, "pt")
+            try:  # its bytes were compared at the start
+                file = safe_open(path, "pt")
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"{path}: {error}; start again to make it anew") from None
             starts = []
             for s in range(len(self.widths)):
                 starts.append(F.pad(file.get_tensor(f"counts.{s}").flatten().cumsum(0), (1, 0)).tolist())
