@@ -512,6 +512,11 @@ def test_gemma_knows_no_system_role(tmp_path):
         pairs = tokenised({**GOOD, "system": "be kind"}, {**GOOD, "prompt": T("s:be kind")}, by=tokenizer)
         assert spell(pairs, 0)[0] == ASK.replace("ask me", "be kind\n\nask me")
         assert spell(pairs, 1)[0] == ASK.replace("ask me", "be kind")
+    turns = tokenised(
+        {**GOOD, "prompt": T("s:be kind", "u:ask me", "u:now")}, by=base
+    )  # into the first alone
+    first, second = ASK.replace("ask me", "be kind\n\nask me"), ASK.replace("ask me", "now")
+    assert spell(turns)[0] == first.replace("<start_of_turn>model\n", second.removeprefix("<bos>"))
     assert tokenised(GOOD, talk, by=base).digest() == tokenised(GOOD, talk).digest()
     base.save_pretrained(tmp_path / "saved")  # it keeps the turns that it got
     again = PreTrainedTokenizerFast.from_pretrained(tmp_path / "saved")
@@ -596,6 +601,19 @@ def test_a_tokenizer_that_reads_no_text(tmp_path):
         FAMILIES[family].save_pretrained(tmp_path / family)
         template = data.load_tokenizer(str(tmp_path / family)).chat_template
         assert template == FAMILIES[family].chat_template
+
+
+@pytest.mark.parametrize(("reads", "works"), [("is there", False), ("here is t", True), ("", False)])
+def test_a_tokenizer_that_reads_half_of_a_text(monkeypatch, reads, works):
+    """9 of the 18 characters of "the answer is here" must come back, in any order: 8 do, or 9, or none."""
+    tokenizer = unittest.mock.Mock()
+    tokenizer.decode.return_value = reads
+    monkeypatch.setattr(data.AutoTokenizer, "from_pretrained", lambda name: tokenizer)
+    if works:
+        assert data.load_tokenizer("a/b") is tokenizer
+    else:
+        with pytest.raises(UserError, match=f"reads 'the answer is here' as '{reads}'"):
+            data.load_tokenizer("a/b")
 
 
 # ---------------------------------------------------------------- truncation

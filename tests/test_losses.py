@@ -110,20 +110,25 @@ def test_preference_losses_stay_finite_and_float32(method):
 
 
 def test_sft_loss_by_hand():
-    logps = torch.tensor([-6.0, -1.0, 0.0], dtype=torch.float64, requires_grad=True)
-    loss = losses.sft_loss(logps, torch.tensor([4, 3, 0]))
+    logps = torch.tensor([-6.0, -1.0, 0.0, -2.0], dtype=torch.float64, requires_grad=True)
+    loss = losses.sft_loss(logps, torch.tensor([4, 3, 0, 1]))
     loss.sum().backward()
-    assert loss.tolist() == pytest.approx([1.5, 1 / 3, 0.0], rel=1e-15)
-    assert logps.grad.tolist() == pytest.approx([-0.25, -1 / 3, -1.0], rel=1e-15)
+    assert loss.tolist() == pytest.approx([1.5, 1 / 3, 0.0, 2.0], rel=1e-15)
+    assert logps.grad.tolist() == pytest.approx([-0.25, -1 / 3, -1.0, -1.0], rel=1e-15)
 
 
 @pytest.mark.parametrize("side", ["chosen", "rejected"])
 @pytest.mark.parametrize("method", ["simpo", "simpo_kl", "fpo"])
-def test_empty_response_has_length_one(method, side):
+def test_responses_of_one_token_and_of_none(method, side):
+    """One token is divided by 1, as two tokens of twice its log-probabilities are by 2; none is as one."""
     function = getattr(losses, f"{method}_loss")
-    one, empty = arguments(function), arguments(function)
-    one[f"{side}_lengths"][0], empty[f"{side}_lengths"][0] = 1, 0
-    assert torch.equal(function(*empty.values()), function(*one.values()))
+    none, one, two = (arguments(function) for _ in range(3))
+    for inputs, length in ((none, 0), (one, 1), (two, 2)):
+        inputs[f"{side}_lengths"][0] = length
+    for name in two:
+        two[name][0] *= 2 if name.endswith(f"{side}_logps") else 1
+    assert torch.equal(function(*none.values()), function(*one.values()))
+    torch.testing.assert_close(function(*one.values()), function(*two.values()), rtol=1e-14, atol=0)
 
 
 # ---- sequence_logps, sequential_kl ----

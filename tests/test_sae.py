@@ -73,6 +73,16 @@ def test_float32_arithmetic_for_bf16_states_under_autocast():
     assert (reconstruction - (expected @ exact["W_dec"] + exact["b_dec"])).abs().max() < 1e-3
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_widened_first(dtype):
+    """Of half-precision states and features the values, not the arithmetic, are rounded."""
+    sae, generator = JumpReLUSAE(**random_arrays(64, 256)), torch.Generator().manual_seed(1)
+    h, c = torch.randn(8, 64, generator=generator), torch.rand(8, 256, generator=generator)
+    for function, given in ((sae.encode, h.to(dtype)), (sae.decode, c.to(dtype))):
+        got = function(given)
+        assert got.dtype == torch.float32 and torch.equal(got, function(given.float()))
+
+
 # --------------------------------------------------------------------------------- files, folders and the hub
 
 REPO = "google/gemma-scope-2b-pt-res"
@@ -235,7 +245,10 @@ def test_hub_errors_are_one_line_of_advice(hub, step, kind, advice):
 
 def test_without_the_hub_its_cache_is_used(hub):
     commit, root = "0123456789" * 4, hub.cache / f"models--{REPO.replace('/', '--')}"
-    path = write(root / "snapshots" / commit / scope(25, "16k", 55))
+    near, far, other = (
+        write(root / "snapshots" / commit / file)
+        for file in (scope(25, "16k", 55), scope(25, "16k", 16), scope(7, "16k", 9))
+    )
     (root / "refs").mkdir()
     (root / "refs" / "main").write_text(commit)
     # The hub's library knows that the rest of the repo is missing, as is usual.
@@ -244,7 +257,11 @@ def test_without_the_hub_its_cache_is_used(hub):
 
     hub.list.side_effect = ConnectionError("Name or service not known")
     with pytest.warns(UserWarning, match="the hub can't be read; choosing among"):
-        assert_loaded(load_sae(REPO, layer=25), path)
+        assert_loaded(load_sae(REPO, layer=25), near)  # not 116, which the hub alone has
+        assert_loaded(load_sae(REPO, layer=25, average_l0=16), far)
+        assert_loaded(load_sae(REPO, layer=7), other)
+        with pytest.raises(ValueError, match=r"no average_l0 116; it has: 16, 55$"):
+            load_sae(REPO, layer=25, average_l0=116)
     with pytest.raises(OSError, match="check the network"):
         load_sae(REPO, layer=25, revision="v1")  # not what is cached
 
