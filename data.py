@@ -17,6 +17,7 @@ import json
 import os
 import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
@@ -34,6 +35,15 @@ FORMATS = {".jsonl": "text", ".json": "json", ".parquet": "parquet", ".arrow": "
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant"}
 ROLES |= {"system": "system", "developer": "system"}
 TRANSCRIPT = re.compile(r"\n\nHuman:|\s*Human:.*\n\nAssistant:", re.DOTALL)  # HH-RLHF's
+WHO, WHAT = ("role", "from"), ("content", "value")  # the names under which a message says them
+PRINTED = re.compile(  # messages as Python prints them, between quotes that are no JSON's
+    rf"\s*\[?\s*\{{(?=\s*')(?=.*'({'|'.join(WHO)})'\s*:)(?=.*'({'|'.join(WHAT)})'\s*:).*\}}\s*\]?\s*",
+    re.DOTALL,
+)
+# Where a record says its question: the first of these that it fills in.
+QUESTIONS = (("prompt",), ("question",), ("instruction", "input"))
+# Fields that belong to a prompt. Where one is not read, and says more than what is, its record is left out.
+BELONGS = ("system_prompt", "history", "input", "instruction", "question", "context", "conversations")
 # What a conversation of plain texts can't express, in a record or in a message.
 MEDIA = ("image", "images", "video", "videos", "audio", "audios", "tools")
 NOT_TEXT = (*MEDIA, "tool_calls", "function_call", "reasoning", "reasoning_content", "thinking")
@@ -89,13 +99,31 @@ def read_records(source: str):
         return datasets.load_dataset(reader or name, *config, split=split, cache_dir=str(cache), **options)
 
 
+def is_message(value) -> bool:
+    """Whether a value of JSON is a message: it names who speaks, and what is said."""
+    return isinstance(value, dict) and bool(value.keys() & WHO) and bool(value.keys() & WHAT)
+
+
+def read_text(text: str, role: str, transcript: bool) -> list:
+    """The messages of a text: those that it holds as JSON, those of a transcript, or the one of `role`."""
+    if text.lstrip().startswith(("[", "{")):
+        with contextlib.suppress(ValueError, RecursionError):
+            given = json.loads(text)
+            given = given if isinstance(given, list) else [given]
+            if given and all(map(is_message, given)):
+                return given
+    if PRINTED.fullmatch(text):
+        raise UserError("a conversation as Python prints it, not JSON")
+    turns = [role, text]  # or ["Human", text, "Assistant", text, …]
+    if transcript and TRANSCRIPT.match(text):
+        turns = re.split(r"(?:^\s*|\n\n)(Human|Assistant): ?", text)[1:]
+    return [{"role": who, "content": text} for who, text in zip(turns[::2], turns[1::2], strict=True)]
+
+
 def to_messages(value, role: str, transcript: bool = True) -> list[dict]:
     """A field as messages {"role", "content"}: a text of `role`, a `transcript` if allowed, or messages."""
     if isinstance(value, str):
-        turns = [role, value]  # or ["Human", text, "Assistant", text, …]
-        if transcript and TRANSCRIPT.match(value):
-            turns = re.split(r"(?:^\s*|\n\n)(Human|Assistant): ?", value)[1:]
-        value = [{"role": who, "content": text} for who, text in zip(turns[::2], turns[1::2], strict=True)]
+        value = read_text(value, role, transcript)
     messages = []
     for given in [] if value is None else value if isinstance(value, list) else [value]:
         given = given if isinstance(given, dict) else {}  # without a role: refused below
@@ -122,10 +150,34 @@ def join(talk: list[dict], more: list[dict]) -> list[dict]:
     return ([{"role": "system", "content": "\n\n".join(system)}] if system else []) + more
 
 
+def question_of(record: dict) -> tuple[tuple[str, ...], object]:
+    """(names of the fields that a record's question is in, the question): QUESTIONS; ((), None) without."""
+    for names in QUESTIONS:
+        given = [record[name] for name in names if record.get(name)]
+        if len(given) == 1:
+            return names, given[0]
+        if given and all(isinstance(text, str) for text in given):
+            return names, "\n\n".join(given)
+        if given:
+            raise UserError(f"{' and '.join(names)} are no texts")
+    return (), None
+
+
+def texts_within(value) -> Iterator[str]:
+    """Every text of a field, however it holds them, with single spaces; of a message not who says it."""
+    if isinstance(value, dict):
+        value = [part for name, part in value.items() if name not in WHO]
+    if isinstance(value, list):
+        for part in value:
+            yield from texts_within(part)
+    elif value is not None:
+        yield " ".join(str(value).split())
+
+
 def to_pair(record: dict, sft: bool = False) -> tuple[list[dict], list[dict]]:
     """(prompt, the responses), as messages: chosen and rejected; for SFT one, the last in its conversation.
 
-    The prompt is everything that precedes the response, wherever the record says it: in `system`, in `prompt`
+    The prompt is everything that precedes the response, wherever the record says it: in `system`, QUESTIONS
     (text, messages or a transcript), or in the fields of the responses (UltraFeedback, HH-RLHF).
     """
     names = ["chosen", "rejected"]
@@ -133,8 +185,8 @@ def to_pair(record: dict, sft: bool = False) -> tuple[list[dict], list[dict]]:
         given = (name for name in ("chosen", "messages", "completion") if record.get(name) is not None)
         names = [next(given, "response")]
     # `messages` is the whole conversation, whatever UltraChat calls its prompt.
-    asked = None if names == ["messages"] else record.get("prompt")
-    prompt = to_messages(asked or None, "user")
+    fields, asked = ((), None) if names == ["messages"] else question_of(record)
+    prompt = to_messages(asked, "user")
     # A response that reads like a transcript is one only where the prompt is one, or is missing.
     transcript = not prompt or (isinstance(asked, str) and TRANSCRIPT.match(asked) is not None)
     if prompt and prompt[-1]["role"] == "assistant" and not prompt[-1]["content"].strip():
@@ -148,20 +200,36 @@ def to_pair(record: dict, sft: bool = False) -> tuple[list[dict], list[dict]]:
     if sides[0][:-1] != sides[-1][:-1]:
         raise UserError("chosen and rejected answer different prompts")
     prompt = join(to_messages(record.get("system") or None, "system") + prompt, sides[0][:-1])
-    if not any(message["content"].strip() for message in prompt):
-        raise UserError("prompt is empty")
+    said = [
+        (message["role"], message["content"].strip()) for message in prompt if message["role"] != "system"
+    ]
+    if not any(role == "user" for role, _ in said) or not any(text for _, text in said):
+        raise UserError("the prompt has no user's turn, or no text")
     if prompt[-1]["role"] == "assistant":
         raise UserError("the prompt ends with the assistant's turn")
-    return prompt, [side[-1] for side in sides]
+    answers = [side[-1] for side in sides]
+    # Nothing that belongs to the prompt is dropped in silence.
+    read = "\n".join(texts_within(prompt + answers))
+    for name in BELONGS:
+        if name not in fields and any(text not in read for text in texts_within(record.get(name))):
+            raise UserError(f"the field {name!r} is not read")
+    return prompt, answers
 
 
 # ---------------------------------------------------------------------------- tokens
+def shared(*sequences) -> int:
+    """How many items some sequences have in common at their start."""
+    columns = enumerate(zip(*sequences, strict=False))
+    return next((i for i, column in columns if len(set(column)) > 1), min(map(len, sequences)))
+
+
 class Chat:
     """A tokenizer and its chat template: messages -> exactly the token ids that the template writes.
 
     Nothing is tokenised alone, stripped or spelled out: prompt and response are parts of one conversation.
     chat_format: what a tokenizer without a template gets. "auto": Gemma's turns if it has their tokens, else
-    the Halos format; "halos": that in any case. `end`: the token that ends a turn.
+    the Halos format; "halos": that in any case. `name`: which template it is; `end`: the token that ends an
+    answer.
     """
 
     def __init__(self, tokenizer, chat_format: str = "auto"):
@@ -170,52 +238,72 @@ class Chat:
             tokenizer.chat_template = GEMMA_TURNS if gemma else HALOS_TURNS
         if chat_format != "auto" and tokenizer.chat_template != HALOS_TURNS:
             raise UserError(f"chat_format {chat_format!r}: the tokenizer has a chat template of its own")
-        # {id: text} of every special token but <unk>, which any text may hold.
-        added, unknown = tokenizer.added_tokens_decoder, tokenizer.unk_token_id
-        self.special = {i: token.content for i, token in added.items() if token.special and i != unknown}
-        self.tokenizer, self.keeps_system, self.appends_end = tokenizer, False, False
-        user, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
-        try:
-            response = self.pair([user], [answer])[1][0]
-        except Exception as error:
-            raise UserError(f"the tokenizer's chat template does not work: {error}") from error
-        # The template's last special token ends a turn; where there is none, EOS is appended.
-        ends = [token for token in response[-1:] if token in self.special]
-        self.appends_end, self.end = not ends, (ends or [tokenizer.eos_token_id])[0]
+        ours = {GEMMA_TURNS: "Gemma's turns", HALOS_TURNS: "the Halos format"}
+        self.tokenizer, self.name = tokenizer, ours.get(str(tokenizer.chat_template), "the model's own")
+        # {id: text} of every added token but <unk>, which any text may hold; and of the special ones.
+        tokens, unknown = tokenizer.added_tokens_decoder, tokenizer.unk_token_id
+        added = {i: token.content for i, token in tokens.items() if i != unknown}
+        self.special = {i: text for i, text in added.items() if tokens[i].special}
+        # All that is said must be in the rendering. Some templates find it only in a list of parts.
+        user, system = {"role": "user", "content": "what is this"}, {"role": "system", "content": "be kind"}
+        one, six = ({"role": "assistant", "content": f"this is {word}"} for word in ("one", "six"))
+        self.keeps_system, self.in_parts = True, False
+        why = self.lost([user, one])
+        self.in_parts = why is not None
+        if why and self.lost([user, one]):
+            raise UserError(f"the tokenizer's chat template does not work: {why}")
+        self.keeps_system = self.lost([system, user]) is None
+        # What follows an answer is what two renderings have in common at their ends. The first added token
+        # in it that is no white space ends the turn, special or not; where there is none, EOS is appended.
+        ends = [self.ids([user, answer])[::-1] for answer in (one, six)]
+        after = ends[0][: shared(*ends)][::-1]
+        first = (i for i, token in enumerate(after) if added.get(token, "").replace("▁", " ").strip())
+        self.after = after[next(first, len(after)) :]
+        self.appends_end, self.end = not self.after, (self.after or [tokenizer.eos_token_id])[0]
         if self.end is None:
             raise UserError("the tokenizer has no EOS, its chat template no end of an assistant's turn")
-        system = {"role": "system", "content": "a system's text"}
-        with contextlib.suppress(Exception):  # a template may refuse it, or skip it in silence
-            text = tokenizer.apply_chat_template([system, user], tokenize=False)
-            self.keeps_system = system["content"] in text
 
-    def ids(self, messages: list[dict], ask: bool = False) -> list[int]:
-        """Token ids of a conversation; `ask`: also of what opens the assistant's answer, for sampling."""
+    def render(self, messages: list[dict], **options):
+        """A conversation by apply_chat_template, with its options: as token ids, or as a text."""
         if messages[0]["role"] == "system" and not self.keeps_system:  # it goes before the user's text
             asked = [message for message in messages[1:2] if message["role"] == "user"]
             text = "\n\n".join(message["content"] for message in [messages[0], *asked])
             messages = [{"role": "user", "content": text}, *messages[1 + len(asked) :]]
+        if self.in_parts:
+            parts = [[{"type": "text", "text": message["content"]}] for message in messages]
+            messages = [{**m, "content": part} for m, part in zip(messages, parts, strict=True)]
         # It adds no special tokens of its own: BOS stands where the template writes it.
-        quiet = {"return_dict": False, "tokenizer_kwargs": {"verbose": False}}
-        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=ask, **quiet)
+        options |= {"return_dict": False, "tokenizer_kwargs": {"verbose": False}}
+        return self.tokenizer.apply_chat_template(messages, **options)
+
+    def lost(self, messages: list[dict]) -> str | None:
+        """Why the rendering of a conversation does not hold all that is said in it; None where it does."""
+        try:
+            text = self.render(messages, tokenize=False)
+        except Exception as error:  # whatever a template may do
+            return str(error)
+        silent = [message["role"] for message in messages if message["content"].strip() not in text]
+        return f"what the {silent[0]} says is not in it" if silent else None
+
+    def ids(self, messages: list[dict], ask: bool = False) -> list[int]:
+        """Token ids of a conversation; `ask`: also of what opens the assistant's answer, for sampling."""
+        return self.render(messages, add_generation_prompt=ask)
 
     def pair(self, prompt: list[dict], answers: list[dict]) -> tuple[list[int], list[list[int]], list[int]]:
         """Ids of the prompt, of each answer's response, and of what else opens an answer (R1's "<think>").
 
         The prompt is the longest start that the conversations share with the prompt's own rendering. A
-        response is the rest, up to the last special token in it, which ends the turn.
+        response is the rest, up to the token that ends its turn.
         """
         asked, wholes = self.ids(prompt, ask=True), [self.ids([*prompt, answer]) for answer in answers]
-        columns = enumerate(zip(asked, *wholes, strict=False))
-        n = next((i for i, column in columns if len(set(column)) > 1), min(map(len, [asked, *wholes])))
+        n = shared(asked, *wholes)
         # All that was said must be shared, but for its last token, which may merge with what follows.
-        if n < len(asked) and n + 1 < len(self.ids(prompt)):
+        if n < len(asked) and n + 1 < shared(asked, self.ids(prompt)):
             raise UserError("the chat template rewrites the prompt when it is answered")
-        responses = []
-        for ids in wholes:
-            # What follows the end, a line break say, opens no answer: it is left away.
-            ends = [i for i in range(n, len(ids)) if ids[i] in self.special and not self.appends_end]
-            responses.append(ids[n : ends[-1] + 1] if ends else ids[n:])
+        if any(ids[len(ids) - len(self.after) :] != self.after for ids in wholes):
+            raise UserError("the chat template ends this answer as no other")
+        # What follows the end, a line break say, opens no answer: it is left away.
+        responses = [ids[n : len(ids) - len(self.after[1:])] for ids in wholes]
         return asked[:n], responses, asked[n:]
 
 
@@ -251,6 +339,8 @@ def encode(record: dict, chat: Chat, sft: bool, max_length: int, max_prompt_leng
             break
         is_target = [1] * len(answer) + [0] * len(between) + is_target
         prompt, sides, opening = before, [answer + between + sides[0]], opens
+    if any(chat.lost([*asked, answer]) for answer in answers):
+        notes.append("a part of the texts left away by the chat template")
     if any(text in message["content"] for text in chat.special.values() for message in asked + answers):
         notes.append("special tokens typed in a text")
     if chat.appends_end:
@@ -382,6 +472,11 @@ def load_tokenizer(name: str):
     """The tokenizer of a Hugging Face directory or repo; UserError where there is none that reads a text."""
     with hub_errors("tokenizer of", name):
         tokenizer = AutoTokenizer.from_pretrained(name)
+        if tokenizer.chat_template is None:  # a model with images may have it in its processor's file
+            from transformers import ProcessorMixin  # takes 2 s
+
+            files, _ = ProcessorMixin.get_processor_dict(name)
+            tokenizer.chat_template = files.get("chat_template")
     text = "the answer is here"
     back = tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids)
     # Characters in common, wherever they stand. A model's folder without tokenizer files knows none.

@@ -84,8 +84,10 @@ def load_data(flag_name, config, tokenizer):
     if (most := pairs.largest_token()) >= size:
         refuse(f"{source}: token id {most} of a vocabulary of {size}: the tokenizer is another model's")
     if runtime.ranks()[0] == 0:
+        chat = data.Chat(tokenizer, config.chat_format)
+        template = f"chat template: {chat.name}, an answer ends with {tokenizer.decode(chat.end)}"
         notes = [f"{n} × {what}" for what, n in pairs.notes.items()]
-        print(f"{flag_name}: {len(pairs)} pairs", *notes, sep="; ")
+        print(f"{flag_name}: {len(pairs)} pairs", template, *notes, sep="; ")
     return pairs
 
 

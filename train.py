@@ -145,7 +145,8 @@ def save_model(policy, tokenizer, config, *, weights=True):
     lm, aside, final = policy.lm, Path(config.out) / "model.tmp", Path(config.out) / "model"
     dtype = lm.config.dtype = torch_dtype(config, lm.device)
     # Written anew: a base model's may be invalid, or not know the token that ends a turn.
-    known = [lm.config.get_text_config().eos_token_id, tokenizer.eos_token_id, data.Chat(tokenizer).end]
+    known = [lm.config.get_text_config().eos_token_id, lm.generation_config.eos_token_id]
+    known += [tokenizer.eos_token_id, data.Chat(tokenizer).end]
     ends = {end for some in known for end in (some if isinstance(some, list) else [some])} - {None}
     lm.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=sorted(ends), pad_token_id=tokenizer.pad_token_id

@@ -76,6 +76,15 @@ CHANNELS = (
     "{{ '<|return|>' if loop.last and m.role == 'assistant' else '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
 )
+PHI_3 = (  # the text as a whole ends with EOS, an answer does not
+    "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}"
+    "{{ '<|assistant|>\n' if add_generation_prompt else eos_token }}"
+)
+SMOLVLM = (  # of a content that is no list it writes nothing, and says nothing
+    "<|im_start|>{% for m in messages %}{{ m.role | capitalize + ': ' }}{% for part in m.content %}"
+    "{% if part.type == 'text' %}{{ part.text }}{% elif part.type == 'image' %}<image>{% endif %}{% endfor %}"
+    "<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
+)
 SKIPS_SYSTEM = CHATML.replace("for m in messages", "for m in messages if m.role != 'system'")
 
 
@@ -99,7 +108,7 @@ def fast(model, specials, words=(), *, template=None, prefix_space=None, **roles
     return tokenizer
 
 
-def gemma_tokenizer(template=None):
+def gemma_tokenizer(template=None, words=()):
     """SentencePiece-like: merges may cross a line's end, any other character is bytes."""
     special = ["<pad>", "<eos>", "<bos>", "<unk>"]
     pieces = [*special, *"\n▁abcdefghijklmnopqrstuvwxyz.?<_>"]
@@ -108,7 +117,7 @@ def gemma_tokenizer(template=None):
     vocab = {piece: i for i, piece in enumerate(pieces)}
     model = models.BPE(vocab, MERGES, byte_fallback=True, unk_token="<unk>")
     roles = {f"{name[1:-1]}_token": name for name in special}
-    return fast(model, [*special, "<start_of_turn>", "<end_of_turn>"], template=template, **roles)
+    return fast(model, [*special, "<start_of_turn>", "<end_of_turn>"], words, template=template, **roles)
 
 
 def byte_tokenizer(template=None, specials=(), words=(), prefix_space=False, **roles):
@@ -122,19 +131,26 @@ def byte_tokenizer(template=None, specials=(), words=(), prefix_space=False, **r
 IM = ["<|im_start|>", "<|im_end|>"]
 HEADERS, LLAMA_BOS = ["<|start_header_id|>", "<|end_header_id|>"], "<|begin_of_text|>"
 HARMONY = ["<|start|>", "<|channel|>", "<|message|>", "<|end|>"]
+PHI = ["<|user|>", "<|assistant|>", "<|end|>"]
+SPACES = ["\n", "\n\n", "\n\n\n", "  ", "▁▁", "<b>", "</b>"]  # Gemma's and NeoX's tokenizers add such words
 S = {"bos_token": "<s>", "eos_token": "</s>"}
 FAMILIES = {
     "Gemma": gemma_tokenizer(GEMMA),
+    "Gemma, spaces": gemma_tokenizer(GEMMA, SPACES),
+    "Gemma, plain turns": byte_tokenizer(GEMMA, [], ["<start_of_turn>", "<end_of_turn>"], **S),
     "Llama-3": byte_tokenizer(LLAMA_3, HEADERS, bos_token=LLAMA_BOS, eos_token="<|eot_id|>"),
     "Qwen-3": byte_tokenizer(QWEN_3, IM, ["<think>", "</think>"], eos_token=IM[1]),
     "SmolLM2": byte_tokenizer(SMOLLM_2, bos_token=IM[0], eos_token=IM[1]),
     "Llama-2": byte_tokenizer(LLAMA_2, prefix_space=True, **S),
     "R1": byte_tokenizer(R1, ["<|User|>", "<|Assistant|>"], ["<think>"], **S),
+    "Phi-3": byte_tokenizer(PHI_3, PHI, SPACES, eos_token="<|endoftext|>"),
+    "SmolVLM": byte_tokenizer(SMOLVLM, [IM[0], "<image>"], eos_token="<end_of_utterance>"),
     "channels": byte_tokenizer(CHANNELS, HARMONY, eos_token="<|return|>"),
     "skips system": byte_tokenizer(SKIPS_SYSTEM, IM, eos_token=IM[1]),
 }
 GEMMA_IT = FAMILIES["Gemma"]
-END_OF = {name: tokenizer.eos_token for name, tokenizer in FAMILIES.items()} | {"Gemma": "<end_of_turn>"}
+END_OF = {name: tokenizer.eos_token for name, tokenizer in FAMILIES.items()} | {"Phi-3": "<|end|>"}
+END_OF |= {name: "<end_of_turn>" for name in FAMILIES if name.startswith("Gemma")}
 
 
 # ---------------------------------------------------------------- helpers
@@ -199,8 +215,12 @@ def conversations(n, seed=0):
 def rendered(family, messages, **options):
     """Ids of a conversation's rendering, up to where its last turn ends: cut in its text, and tokenised."""
     tokenizer, end = FAMILIES[family], END_OF[family]
-    if family in ("Gemma", "skips system") and messages[0]["role"] == "system":
+    no_system = family.startswith("Gemma") or family == "skips system"
+    if no_system and messages[0]["role"] == "system":
         messages = T(f"u:{messages[0]['content']}\n\n{messages[1]['content']}") + messages[2:]
+    if family == "SmolVLM":
+        parts = [[{"type": "text", "text": message["content"]}] for message in messages]
+        messages = [{**m, "content": content} for m, content in zip(messages, parts, strict=True)]
     text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
     text = text if options else text[: text.rindex(end) + len(end)]
     return tokenizer(text, add_special_tokens=False).input_ids
@@ -252,6 +272,12 @@ PREFERENCES = {
     "conversational": {"prompt": YES[:1], "chosen": YES[1:], "rejected": BAD[1:]},
     "implicit prompt": {"chosen": YES, "rejected": BAD},
     "UltraFeedback": {"prompt": "ask me", "score": 8.0, "messages": YES, "chosen": YES, "rejected": BAD},
+    "question": {"question": "ask me", "chosen": "yes", "rejected": "bad", "input": "", "history": []},
+    "input alone": {"input": "ask me", "instruction": None, "chosen": "yes", "rejected": "bad"},
+    "JSON": {"chosen": json.dumps(YES), "rejected": json.dumps(BAD, indent=2)},
+    "JSON of one message": {"prompt": json.dumps(YES[0]), **{k: GOOD[k] for k in ("chosen", "rejected")}},
+    "other fields that say the same": {**GOOD, "question": " ask  me", "history": [["ask", "me"]]},
+    "other fields, with who says it": {**GOOD, "conversations": [{"from": "human", "value": "ask me"}]},
     "another space": {"prompt": "ask me\n", "chosen": YES, "rejected": BAD},
     "HH-RLHF": {"chosen": f"{HUMAN} yes", "rejected": f"{HUMAN} bad"},
     "HH-RLHF, stripped": {"chosen": f"{HUMAN} yes".strip(), "rejected": f"{HUMAN} bad".strip()},
@@ -293,6 +319,13 @@ PROMPTS = [  # record without its rejected side, prompt
     ({"prompt": "more?", "chosen": [*TALK[:3], *T("a:y")]}, TALK[:3]),  # the last one alone
     ({"prompt": TRANSCRIPT, "chosen": "y"}, TALK[:3]),
     ({"chosen": f"{TRANSCRIPT} y"}, TALK[:3]),
+    ({"system": "s", "question": "q", "chosen": "y"}, T("s:s", "u:q")),  # orca's
+    ({"instruction": "i", "input": "q", "chosen": "y"}, T("u:i\n\nq")),
+    ({"prompt": "q", "question": "q", "instruction": "q", "input": "q", "chosen": "y"}, T("u:q")),
+    ({"question": "q", "chosen": T("u:q", "a:y")}, T("u:q")),
+    ({"question": json.dumps(TALK[:3]), "chosen": "y"}, TALK[:3]),
+    ({"prompt": '[{"role": "user"}]', "chosen": "y"}, T('u:[{"role": "user"}]')),  # JSON, but no messages
+    ({"prompt": f"{YES} is a list", "chosen": "y"}, T(f"u:{YES} is a list")),
 ]
 
 
@@ -337,9 +370,30 @@ def test_sft_learns_every_turn_of_the_assistant_and_no_other(name):
 NO_TEXT, NO_ANSWER = "a message of role {}, or no text", "no field {!r} that ends with the assistant's turn"
 OPEN, OTHER = "the prompt ends with the assistant's turn", "chosen and rejected answer different prompts"
 MEDIA, CALL = "not a record of texts alone", [{"name": "f"}]
+NO_USER = "the prompt has no user's turn, or no text"
+PRINTED = "a conversation as Python prints it, not JSON"
+NOT_READ = {  # field, records whose prompt it belongs to
+    "system_prompt": [{**GOOD, "system_prompt": "be kind"}],
+    "history": [{**GOOD, "history": [["hi", "a b"]]}, {**GOOD, "history": TALK[:2]}],
+    "input": [{**GOOD, "input": "more"}, {"question": "ask me", **GOOD, "prompt": None, "input": "more"}],
+    "instruction": [{**GOOD, "instruction": "be kind"}],
+    "question": [{**GOOD, "question": "ask me?"}],
+    "context": [{**GOOD, "context": {"text": ["a", "b"], "n": 7}}, {**GOOD, "context": 7}],
+    "conversations": [{**GOOD, "conversations": T("u:ask me", "a:what?", "u:this")}],
+}
 IMAGE = [{"type": "image"}, {"type": "text", "text": "a"}]
 LEFT_OUT = [  # reason, records
-    ("prompt is empty", {**GOOD, "prompt": None}, {**GOOD, "prompt": ""}, {**GOOD, "prompt": T("u: \n")}),
+    (NO_USER, *({**GOOD, "prompt": value} for value in (None, "", T("u: \n"), T("s:s"), T("s:s", "u: ")))),
+    (
+        NO_USER,
+        {**GOOD, "prompt": None, "system": "s"},
+        {"chosen": T("s:s", "a:y"), "rejected": T("s:s", "a:n")},
+    ),
+    ("instruction and input are no texts", {"instruction": "a", "input": 3, "chosen": "b", "rejected": "c"}),
+    (PRINTED, {**GOOD, "prompt": f"{YES[:1]}\n"}, {"chosen": f"{YES}", "rejected": f"{BAD}"}),
+    (PRINTED, {**GOOD, "rejected": "[{'content': \"it's\",\n 'id': 1, 'role': 'assistant'}]"}),
+    (PRINTED, {**GOOD, "chosen": "{'from': 'gpt', 'value': 'yes'}"}, {**GOOD, "system": f"{T('s:s')}"}),
+    *((f"the field {name!r} is not read", *records) for name, records in NOT_READ.items()),
     (NO_ANSWER.format("chosen"), {"prompt": "a", "rejected": "b"}),
     (NO_ANSWER.format("chosen"), *({**GOOD, "chosen": value} for value in (None, [], TALK[:3]))),
     (NO_ANSWER.format("rejected"), {"prompt": "a", "chosen": "b"}),
@@ -372,8 +426,12 @@ def test_odd_records_for_sft():
     records = [{"prompt": "a"}, *({"messages": talk} for talk in talks), GOOD]
     fields = ["response", "messages", "messages"]
     reasons.update(f"left out: {NO_ANSWER.format(field)}" for field in fields)
-    reasons.update([f"left out: {OPEN}", "left out: prompt is empty"])
+    reasons.update([f"left out: {OPEN}", f"left out: {NO_USER}"])
     assert tokenised(*records, sft=True).notes == reasons
+    # What UltraChat calls its prompt is the first question; any other question must be in the conversation.
+    talk = {"prompt": "hi", "question": "more?", "messages": TALK}
+    pairs = tokenised(talk, {**talk, "question": "who?"}, sft=True)
+    assert len(pairs) == 1 and pairs.notes == {"left out: the field 'question' is not read": 1}
 
 
 LINES = [b"{'a': 1}", b'{"a": "b"', b'{"a": "b\0"}', b"[" * 100_000, b'{"a": "\xff"}', b"x\x85y"]
@@ -509,12 +567,9 @@ def test_gemma_knows_no_system_role(tmp_path):
     """Its own template refuses one; ours, for the base model, as well: the text goes before the user's."""
     base, talk = gemma_tokenizer(), {"chosen": TALK, "rejected": [*TALK[:-1], *T("a:d")]}
     for tokenizer in (GEMMA_IT, base):
-        pairs = tokenised({**GOOD, "system": "be kind"}, {**GOOD, "prompt": T("s:be kind")}, by=tokenizer)
-        assert spell(pairs, 0)[0] == ASK.replace("ask me", "be kind\n\nask me")
-        assert spell(pairs, 1)[0] == ASK.replace("ask me", "be kind")
-    turns = tokenised(
-        {**GOOD, "prompt": T("s:be kind", "u:ask me", "u:now")}, by=base
-    )  # into the first alone
+        pairs = tokenised({**GOOD, "system": "be kind"}, by=tokenizer)
+        assert spell(pairs)[0] == ASK.replace("ask me", "be kind\n\nask me")
+    turns = tokenised({**GOOD, "prompt": T("s:be kind", "u:ask me", "u:now")}, by=base)  # before the first
     first, second = ASK.replace("ask me", "be kind\n\nask me"), ASK.replace("ask me", "now")
     assert spell(turns)[0] == first.replace("<start_of_turn>model\n", second.removeprefix("<bos>"))
     assert tokenised(GOOD, talk, by=base).digest() == tokenised(GOOD, talk).digest()
@@ -558,24 +613,87 @@ def test_a_template_that_ends_no_turn():
 
 def test_a_template_that_rewrites_what_was_said():
     """A question that reads differently once it is answered: its tokens would be learnt as the response."""
-    turns = "{% for m in messages %}{{ m.content if WHOLE else m.content[:1] }}{% endfor %}"
+    turns = "{% for m in messages %}{{ m.content if WHOLE else m.content | replace('k', '') }}{% endfor %}"
     turns += "{{ eos_token if messages[-1].role == 'assistant' }}"
     question = turns.replace("WHOLE", "m.role == 'assistant' or loop.last")
     pairs = tokenised(GOOD, by=byte_tokenizer(question, eos_token="</s>"))
     assert pairs.notes == {"left out: the chat template rewrites the prompt when it is answered": 1}
     answer = byte_tokenizer(turns.replace("WHOLE", "m.role == 'user' or loop.last"), eos_token="</s>")
-    pairs = tokenised({"messages": TALK}, by=answer, sft=True)
-    assert spell(pairs, by=answer) == ["hiamore?", "c</s>", ""]  # the last answer alone
-    assert pairs.notes == {"earlier answers not learnt: the chat template rewrites them": 1}
+    pairs = tokenised({"messages": T("u:hi", "a:ok", "u:more?", "a:c")}, by=answer, sft=True)
+    assert spell(pairs, by=answer) == ["hiomore?", "c</s>", ""]  # the last answer alone
+    assert pairs.notes == {"earlier answers not learnt: the chat template rewrites them": 1, DROPS: 1}
+
+
+DROPS = "a part of the texts left away by the chat template"
+
+
+def test_words_that_the_template_drops_are_counted():
+    """R1's leaves away what stands before </think>, in the answer of a pair and in earlier ones."""
+    thought = "2 + 2</think>yes"
+    asked = [{**GOOD, "chosen": thought}, GOOD, {**GOOD, "prompt": [*T("u:hi", f"a:{thought}"), *YES[:1]]}]
+    pairs = tokenised(*asked, by=FAMILIES["R1"])
+    assert len(pairs) == 3 and pairs.notes == {DROPS: 2}
+    assert spell(pairs, 0, FAMILIES["R1"])[1] == spell(pairs, 1, FAMILIES["R1"])[1] == "yes</s>"
+
+
+def test_where_an_answer_ends():
+    """The end is what follows the answer, not a token before it or within it; which it is, is told."""
+    ends = {
+        name: Chat(tokenizer).tokenizer.decode(Chat(tokenizer).end) for name, tokenizer in FAMILIES.items()
+    }
+    assert ends == END_OF and not any(Chat(tokenizer).appends_end for tokenizer in FAMILIES.values())
+    # As GLM's: special tokens before the answer, and none behind it.
+    turns = "{% for m in messages %}{{ '<|' + m.role + '|>' + ('<think>' if m.role == 'assistant' else '') }}"
+    turns += "{{ m.content + '\n\n' }}{% endfor %}{{ '<|assistant|>' if add_generation_prompt }}"
+    by = byte_tokenizer(turns, [*PHI, "<think>"], ["\n\n"], eos_token="</s>")
+    pairs = tokenised(GOOD, by=by)
+    assert spell(pairs, by=by) == [
+        "<|user|>ask me\n\n<|assistant|>",
+        "<think>yes\n\n</s>",
+        "<think>bad\n\n</s>",
+    ]
+    # An end that depends on the answer is no end that could be learnt.
+    odd = byte_tokenizer(
+        CHATML.replace("'<|im_end|>", "('' if 'bad' in m.content else '<|im_end|>') + '"), IM
+    )
+    reason = "left out: the chat template ends this answer as no other"
+    assert tokenised({**GOOD, "rejected": "no"}, GOOD, by=odd).notes == {reason: 1}
+
+
+def test_a_template_in_the_processor_s_file(tmp_path):
+    """Where models with images keep theirs; a template of the tokenizer's own goes before it."""
+    byte_tokenizer(specials=IM, eos_token=IM[1]).save_pretrained(tmp_path)
+    assert data.load_tokenizer(str(tmp_path)).chat_template is None
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": SMOLVLM}))
+    loaded = data.load_tokenizer(str(tmp_path))
+    assert loaded.chat_template == SMOLVLM and Chat(loaded).name == "the model's own"
+    (tmp_path / "chat_template.jinja").write_text(CHATML)
+    assert data.load_tokenizer(str(tmp_path)).chat_template == CHATML
+
+
+def test_which_template_it_is():
+    names = {
+        "Gemma's turns": gemma_tokenizer(),
+        "the Halos format": byte_tokenizer(**S),
+        "the model's own": GEMMA_IT,
+    }
+    for name, tokenizer in names.items():
+        assert [Chat(tokenizer).name, Chat(tokenizer).name] == [name, name]  # also once the tokenizer has it
 
 
 def test_templates_that_are_broken():
     for template in ("{% for %}", "{{ raise_exception('never') }}", "{{ messages[0].content.no() }}"):
         with pytest.raises(UserError, match="chat template does not work"):
             Chat(byte_tokenizer(template, eos_token="</s>"))
+    # What leaves out the user's or the assistant's words, however they are given.
+    for role in ("user", "assistant"):
+        template = CHATML.replace("in messages", f"in messages if m.role != '{role}'")
+        with pytest.raises(UserError, match=f"does not work: what the {role} says is not in it"):
+            Chat(byte_tokenizer(template, IM, eos_token=IM[1]))
     # A prompt of no tokens: nothing would predict the first response token.
-    mute = byte_tokenizer("{% for m in messages[1:] %}{{ m.content }}{% endfor %}", eos_token="</s>")
-    assert tokenised(GOOD, by=mute).notes["left out: prompt is empty"] == 1
+    mute = byte_tokenizer("{% for m in messages %}{{ m.content | trim }}{% endfor %}", eos_token="</s>")
+    talk = {"messages": T("u: ", "a:a", "u:b", "a:c")}
+    assert tokenised(talk, by=mute, sft=True).notes["left out: prompt is empty"] == 1
 
 
 TYPED = ["<eos>", "<bos>a", "a<end_of_turn>", "<end_of_turn>\n<start_of_turn>model\nno"]

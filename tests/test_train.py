@@ -106,15 +106,16 @@ def test_every_method_starts_where_it_should_and_learns(folder):
     assert len(list((folder / "runs/toy/reference").glob("*/manifest.json"))) == 2  # training, held-out pairs
 
 
-def test_saving_cannot_fail_at_the_end(folder):
-    """A base model's generation config is invalid and knows EOS alone: it is written anew."""
+def test_saving_cannot_fail_at_the_end(folder, capsys):
+    """A base model's generation config is invalid and lacks the turn's end: it is written anew."""
     subprocess.run(["cp", "-rL", folder / "runs/toy/model", folder / "base"], check=True)
     path = folder / "base/generation_config.json"
-    broken = json.loads(path.read_text()) | {"eos_token_id": 1, "temperature": 0.6, "do_sample": False}
+    broken = json.loads(path.read_text()) | {"eos_token_id": [1, 5], "temperature": 0.6, "do_sample": False}
     path.write_text(json.dumps(broken))
     run("--method", "sft", *SHORT, "--steps", "1", "--model", "./base", "--out", "sft")
     saved = json.loads((folder / "sft/model/generation_config.json").read_text())
-    assert saved["eos_token_id"] == [1, 107] and "temperature" not in saved
+    assert saved["eos_token_id"] == [1, 5, 107] and "temperature" not in saved
+    assert "pairs; chat template: Gemma's turns, an answer ends with <end_of_turn>" in capsys.readouterr().out
 
 
 def test_a_loss_and_an_encoder_of_ones_own(folder):
