@@ -48,8 +48,8 @@ def forward(lm, hook, sae, pairs) -> Responses:
     asked = [(x, y_w) for x, y_w, y_l in pairs] + [(x, y_l) for x, y_w, y_l in pairs]
     # Padding stands on the right, where no token of a causal model sees it: no attention mask is needed.
     ids = pad_sequence([torch.cat([x, y]) for x, y in asked], batch_first=True)  # (2B, T)
-    labels = [torch.cat([torch.full_like(x, -100), y]) for x, y in asked]
-    labels = pad_sequence(labels, batch_first=True, padding_value=-100)  # (2B, T)
+    targets = [torch.cat([torch.full_like(x, -100), y]) for x, y in asked]  # -100: not learnt
+    labels = pad_sequence(targets, batch_first=True, padding_value=-100)  # (2B, T)
     logits = lm(input_ids=ids, use_cache=False).logits  # (2B, T, V); meanwhile the hook keeps h
     logps, lengths = sequence_logps(logits, labels)  # log π(y|x) and |y|, (2B,)
     # Position t predicts token t + 1, so the states of y's tokens begin at the last token of x.
@@ -88,7 +88,7 @@ def train(
     lm, hook, sae, pairs, stored, *,
     loss=fpo, steps=100, batch_size=32, lr=3e-4, beta2=0.95, clip=1.0, warmup=10, seed=0,
 ) -> list[tuple[float, float, float]]:  # fmt: skip
-    """Phase 2: changes `lm`, which starts as π_ref. Returns of each step the loss, gradient norm and lr.
+    """Phase 2: changes `lm`, which starts as π_ref. Returns each step's loss, gradient norm, learning rate.
 
     loss: from Responses, log π_ref (2B,) and c̄_ref (2B, m) to (B,). The other defaults are the toy's.
     """
@@ -102,18 +102,17 @@ def train(
 
         # What the policy says of them now, and what the reference said: of all y_w, then of all y_l.
         policy = forward(lm, hook, sae, [pairs[i] for i in batch])
-        ref_logps, ref_features = zip(*(stored[i] for i in batch), strict=True)  # B of (2,), B of (2, m)
-        ref_logps = torch.stack(ref_logps, dim=1).flatten()  # (2B,)
-        ref_features = torch.stack(ref_features, dim=1).flatten(0, 1)  # (2B, m)
+        ref_logps = torch.stack([stored[i][0] for i in batch], dim=1).flatten()  # (2, B), then (2B,)
+        ref_features = torch.stack([stored[i][1] for i in batch], dim=1).flatten(0, 1)  # (2B, m)
 
         # The mean is E of Eq. 8. Its gradient is clipped; the learning rate rises over the first steps.
         mean = loss(policy, ref_logps, ref_features).mean()
         mean.backward()
         norm = torch.nn.utils.clip_grad_norm_(lm.parameters(), clip)  # before clipping
-        optimizer.param_groups[0]["lr"] = now = lr * min(1, (step + 1) / warmup)
+        optimizer.param_groups[0]["lr"] = rate = lr * min(1, (step + 1) / warmup)
         optimizer.step()
         optimizer.zero_grad()
-        history.append((mean.item(), norm.item(), now))
+        history.append((mean.item(), norm.item(), rate))
     return history
 
 
@@ -124,8 +123,8 @@ def evaluate(lm, hook, sae, pairs, stored) -> dict[str, float]:
     for pair, (_, ref_features) in zip(pairs, stored, strict=True):
         policy = forward(lm, hook, sae, [pair])
         pi_w, pi_l = policy.logps / policy.lengths
-        rows.append(torch.stack([pi_w > pi_l, *feature_mse(policy.features, ref_features, k=50)]))
-    return dict(zip(("accuracy", "D(y_w)", "D(y_l)"), torch.stack(rows).mean(0).tolist(), strict=True))
+        rows.append([(pi_w > pi_l).item(), *feature_mse(policy.features, ref_features).tolist()])
+    return dict(zip(("accuracy", "D(y_w)", "D(y_l)"), torch.tensor(rows).mean(0).tolist(), strict=True))
 
 
 def main(folder="runs/toy"):
