@@ -12,7 +12,7 @@ Glossary, of B pairs
     D_TDPO        kl                       (2·B,)      Eq. 3: sequential KL(ref ‖ policy)
 
 Where each equation is: Eqs. 3, 4, 7 to 9 and 11 are in losses.py, one function a method. Their log π and KL
-come from scale.token_statistics, in slices. Eq. 5: sae.JumpReLUSAE.encode; scale.pooled_features, in slices.
+come from scale.token_statistics, in slices. Eq. 5: sae.SAE.encode; scale.pooled_features, in slices.
 Eq. 10: losses.feature_mse. Sec. 3: offline.py, then method_loss below.
 
 After the transformer everything works on the N states that predict response tokens: no prompt, no padding,
@@ -98,7 +98,7 @@ class Policy(nn.Module):
 
     Args:
         lm: a Hugging Face decoder with `model.layers`; eager or flex_attention.
-        saes: JumpReLUSAEs, or objects with their `W_enc`, `b_enc`, `threshold`, `d` and `m`, on lm's device.
+        saes: SAEs, or objects with their `W_enc`, `b_enc`, `threshold`, `k`, `d` and `m`, on lm's device.
         sites: (layer, site) of each.
         fused: as scale.token_statistics takes it.
     """

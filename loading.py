@@ -52,23 +52,27 @@ def load_lm(name: str, device, *, dtype=torch.float32, move=True):
 def load_saes(config, device):
     """One SAE for each of --sae_layer, its encoder on the device, and where each reads: [(layer, site)].
 
-    Raises: UserError for anything that `sae.load_sae` refuses.
+    Without --sae_layer it is the layer that the SAE says it is of, else the last one of the SAE's repo or of
+    the model. Raises: UserError for anything that `sae.load_sae` refuses.
     """
-    layers = config.sae_layer or [load_config(config.model).get_text_config().num_hidden_layers - 1]
+    last = load_config(config.model).get_text_config().num_hidden_layers - 1
+    layers = config.sae_layer or [None]
     l0s = config.sae_l0 * len(layers) if len(config.sae_l0) == 1 else config.sae_l0
     if len(l0s) != len(layers):
         refuse(f"--sae_l0 {l0s}: one value is needed, or one for each of --sae_layer {layers}")
     width = None if config.sae_width == "auto" else config.sae_width
-    saes, options = [], {"width": width, "site": config.sae_site}
+    saes, sites = [], []
     for layer, l0 in zip(layers, l0s, strict=True):
+        options = {"layer": layer, "width": width, "average_l0": None if l0 == "auto" else l0}
         try:
-            sae = load_sae(config.sae, layer=layer, average_l0=None if l0 == "auto" else l0, **options)
-        except (ValueError, OSError) as error:
+            sae = load_sae(config.sae, site=config.sae_site, **options)
+        except UserError as error:
             raise UserError(f"--sae {error}") from error
+        sites.append((last if sae.layer is None else sae.layer, config.sae_site))
         for name in ("W_enc", "b_enc", "threshold"):  # training never decodes
             setattr(sae, name, getattr(sae, name).to(device))
         saes.append(sae)
-    return saes, [(layer, config.sae_site) for layer in layers]
+    return saes, sites
 
 
 def load_data(flag_name, config, tokenizer):

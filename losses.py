@@ -103,9 +103,10 @@ def feature_mse(
 ) -> torch.Tensor:
     """D_FPO = (1/k) Σ_{i∈I_k} (c̄_θ,i − c̄_ref,i)², I_k = topk(c̄_θ) ∪ topk(c̄_ref) (Eq. 10).
 
-    policy_features, reference_features (B, m), pooled over a response, none negative.
-    A feature that is 0 in a vector is never in its top k, so zeros can't tie. The divisor is k, not |I_k|;
-    k >= m takes all. k = 50 is the authors' code's: the paper states none.
+    policy_features, reference_features (B, m), pooled over a response. A feature that is not above 0 in a
+    vector is never in its top k: so zeros can't tie, and a negative one (of a TopK SAE without ReLU) counts
+    only where it is in the other's. The divisor is k, not |I_k|; k at or above the number that are positive
+    takes those. k = 50 is the authors' code's: the paper states none.
     Returns (B,). No gradient reaches the reference, nor the choice of I_k. Raises ValueError for k < 1 and
     for other shapes.
     """

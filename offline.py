@@ -47,6 +47,12 @@ def digest(tensors: dict[str, torch.Tensor]) -> str:
         return hashlib.sha256("".join(pool.map(one, sorted(tensors))).encode()).hexdigest()
 
 
+def sae_identity(sae, place) -> list:
+    """What features depend on: [layer, site, m, k, digest of the encoder], as JSON has it."""
+    encoder = {name: getattr(sae, name) for name in ("W_enc", "b_enc", "threshold")}
+    return [*place, sae.m, sae.k, digest(encoder)]
+
+
 def reference_identity(policy: Policy, pairs: data.Pairs, *, weights: str, arithmetic: dict) -> dict:
     """What the cached values depend on; learning rate, α, β, γ, k, method and folder are not part of it.
 
@@ -54,16 +60,13 @@ def reference_identity(policy: Policy, pairs: data.Pairs, *, weights: str, arith
         weights: `digest` of the reference's state dict.
         arithmetic: what changes the rounding: row layout, device, compile.
     """
-    saes = []
-    for sae, (layer, site) in zip(policy.saes, policy.sites, strict=True):
-        encoder = {name: getattr(sae, name) for name in ("W_enc", "b_enc", "threshold")}
-        saes.append([layer, site, sae.m, digest(encoder)])
     # Softcap, window, RoPE, epsilon: what the weights alone don't tell.
     config = json.loads(json.dumps(policy.lm.config.to_diff_dict(), default=str))
     config = {
         name: config[name] for name in sorted(config) if name[0] != "_" and name not in IGNORED_CONFIG_KEYS
     }
-    identity = {"version": 5, "tokens": pairs.digest(), "weights": weights, "config": config, "saes": saes}
+    identity = {"version": 5, "tokens": pairs.digest(), "weights": weights, "config": config}
+    identity["saes"] = [sae_identity(*pair) for pair in zip(policy.saes, policy.sites, strict=True)]
     identity |= {"dtype": str(policy.lm.dtype), "attention": policy.lm.config._attn_implementation}
     return identity | arithmetic
 

@@ -1,4 +1,4 @@
-"""Sparse autoencoders (SAEs) as Gemma Scope publishes them, and the hook that reads their input from a model.
+"""Sparse autoencoders (SAEs) as their makers publish them; where in a model they read; and their training.
 
 symbol  name here    shape     meaning (Eq. 5 of the paper)
 h       h            (..., d)  the model's state at the SAE's site, d wide
@@ -6,27 +6,37 @@ W_enc   W_enc        (d, m)    encoder to m features (16k = 2^14)
 b       b_enc        (m,)      the encoder's bias
 z       z            (..., m)  pre-activations, z = h W_enc + b_enc
 θ       threshold    (m,)      JumpReLU's threshold of each feature; θ = 0 gives the ReLU of Eq. 5
-c       encode(h)    (..., m)  sparse features, c = z where z > θ, else 0
+        k            int       TopK: at most the k largest z of a state are active; None: as many as exceed θ
+c       encode(h)    (..., m)  sparse features, c = z where the feature is active, else 0
 W_dec   W_dec        (m, d)    decoder
 b_dec   b_dec        (d,)      the decoder's bias; not subtracted from h before the encoder
 ĥ       decode(c)    (..., d)  reconstruction, ĥ = c W_dec + b_dec
+
+maker                files of one SAE                   features
+Gemma Scope 1 and 2  params.npz, params.safetensors     JumpReLU
+Qwen-Scope           layer27.sae.pt                     TopK; k stands in the repo's name, after L0_
+SAELens 6            sae_weights.safetensors, cfg.json  ReLU, JumpReLU, or TopK of the ReLU
 """
 
+import json
 import math
+import pickle
 import re
 import warnings
 from contextlib import AbstractContextManager
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from runtime import UserError, hub_errors
 
 ARRAYS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")  # Gemma Scope 2 writes them in lower case
 FOLDERS = {"res": "resid_post", "mlp": "mlp_out", "att": "attn_out"}  # Gemma Scope 2's folder of each site
@@ -35,32 +45,76 @@ MODULES = {  # the module of block L whose tensor each site's SAEs read; "" is t
     "mlp": "post_feedforward_layernorm",  # its output: what the MLP adds to the residual stream
     "att": "self_attn.o_proj",  # its input: the outputs of the heads, side by side
 }
+# Fields of SAELens' cfg.json, with the values that are understood; of a TopK SAE also `rescale…: true`.
+UNDERSTOOD = {
+    "architecture": ("standard", "jumprelu", "topk"), "apply_b_dec_to_input": (True, False),
+    "normalize_activations": ("none",), "reshape_activations": ("none",),
+    "rescale_acts_by_decoder_norm": (False,), "hook_head_index": (None,),
+}  # fmt: skip
+# Fields that don't change what a trained SAE computes: sizes, places, and how it was trained.
+NO_MATTER = (
+    r"d_in|d_sae|k|dtype|device|metadata|decoder_init_norm|(l1|lp|l0|jumprelu|pre_act_loss|aux_loss)_\w+"
+    r"|use_sparse_activations|target_l0"
+)
 
 
-class JumpReLUSAE(nn.Module):
-    """A frozen JumpReLU sparse autoencoder: Eq. 5 with Gemma Scope's activation, in float32.
+# ---------------------------------------------------------------------------- features and reconstruction
+def active_features(z: Tensor, threshold: Tensor, k: int | None = None) -> Tensor:
+    """Which features are active at pre-activations z (..., m), in the form that is cheapest to keep.
+
+    Active is what exceeds its threshold (m,), strictly; with `k` only if it is among the k largest z.
+    Returns (..., m) bool; with `k` the ids (..., k), int32, where m stands for "none". See `as_mask`.
+    """
+    if k is None:
+        return z > threshold
+    values, ids = z.topk(k, sorted=False)  # (..., k) each
+    return torch.where(values > threshold[ids], ids, z.shape[-1]).int()
+
+
+def as_mask(active: Tensor, m: int) -> Tensor:
+    """What `active_features` returned as (..., m) bool."""
+    if active.dtype == torch.bool:
+        return active
+    mask = torch.zeros(*active.shape[:-1], m + 1, dtype=torch.bool, device=active.device)
+    return mask.scatter_(-1, active.long(), True)[..., :m]  # the last column was that of "none"
+
+
+class SAE(nn.Module):
+    """A frozen sparse autoencoder: Eq. 5 with JumpReLU or TopK for its ReLU, in float32.
 
     The weights are copied into buffers: gradient flows to `h`, never to them. They stay float32 whatever
     dtype the module or its parent is cast to: rounded to bf16 they would make other features active.
-    Raises: ValueError where a shape does not fit, a value is NaN or inf, or a threshold is negative.
+
+    Args:
+        W_enc, b_enc, W_dec, b_dec: of any floating dtype, in the shapes above.
+        threshold: (m,), none below 0; -inf: no threshold, so that a negative z can be active too.
+        k: how many features can be active at a state; None: any number.
+    `layer`, from 0, and `site`: where it reads, as its file says or `load_sae` was told; None: not known.
+    Raises: ValueError where a shape does not fit, a value is NaN or inf, a threshold is negative, or k is
+    not from 1 to m.
     """
 
-    def __init__(self, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, threshold: Tensor):
+    def __init__(self, W_enc, b_enc, W_dec, b_dec, threshold, k: int | None = None):
         super().__init__()
         self.d, self.m = d, m = b_dec.numel(), b_enc.numel()
+        self.k, self.layer, self.site = k, cast(int | None, None), cast(str | None, None)
         arrays, shapes = (W_enc, b_enc, W_dec, b_dec, threshold), ((d, m), (m,), (m, d), (d,), (m,))
         for name, array, shape in zip(ARRAYS, arrays, shapes, strict=True):
             if array.shape != shape:
                 raise ValueError(f"{name} is {tuple(array.shape)}, expected {shape}")
-            if not (array.is_floating_point() and array.isfinite().all()):
+            finite = array.isfinite() | (array.isneginf() & (name == "threshold"))
+            if not (array.is_floating_point() and finite.all()):
                 raise ValueError(f"{name} ({array.dtype}) holds NaN, inf or integers")
-        copies = (nn.Buffer(array.detach().to(torch.float32, copy=True)) for array in arrays)
+        as_rows = {"copy": True, "memory_format": torch.contiguous_format}
+        copies = (nn.Buffer(array.detach().to(torch.float32, **as_rows)) for array in arrays)
         self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.threshold = copies
-        if (self.threshold < 0).any():
-            raise ValueError(f"threshold goes down to {self.threshold.min():.3g}, expected none below 0")
+        if (low := self.threshold[self.threshold < 0]).isfinite().any():
+            raise ValueError(f"threshold goes down to {low.min():.3g}, expected none below 0")
+        if k is not None and not 1 <= k <= m:
+            raise ValueError(f"k is {k}, expected 1 to {m}, the number of features")
 
     def encode(self, h: Tensor) -> Tensor:
-        """Features c (..., m), float32, of states `h` (..., d) of any dtype (Eq. 5, with JumpReLU for ReLU).
+        """Features c (..., m), float32, of states `h` (..., d) of any dtype (Eq. 5).
 
         The gradient of c is that of z on active features, else 0. Raises: ValueError where `h` is not d wide.
         """
@@ -68,12 +122,16 @@ class JumpReLUSAE(nn.Module):
             raise ValueError(f"h is {h.shape[-1]} wide, this SAE reads {self.d}: another model or site?")
         with torch.autocast(h.device.type, enabled=False):  # autocast would multiply in bf16
             z = h.float() @ self.W_enc + self.b_enc  # (..., m)
-            return torch.where(z > self.threshold, z, 0.0)  # strictly above the threshold
+            return torch.where(as_mask(active_features(z, self.threshold, self.k), self.m), z, 0.0)
 
     def decode(self, c: Tensor) -> Tensor:
         """Reconstruction ĥ (..., d) = c W_dec + b_dec (Eq. 5), float32, of the features `c` (..., m)."""
         with torch.autocast(c.device.type, enabled=False):
             return c.float() @ self.W_dec + self.b_dec
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Reconstruction ĥ (..., d) of states `h` (..., d)."""
+        return self.decode(self.encode(h))
 
     def _apply(self, fn, recurse=True):
         def keep_float32(tensor):
@@ -84,109 +142,216 @@ class JumpReLUSAE(nn.Module):
         return super()._apply(keep_float32, recurse)
 
 
-def load_sae(source, *, layer, width="16k", site="res", average_l0=None, revision=None) -> JumpReLUSAE:
-    """Load one of Gemma Scope's SAEs, checked, frozen, float32, on the CPU. Nothing is ever unpickled.
+# ---------------------------------------------------------------------------- which file
+def load_sae(source, *, layer=None, width="16k", site="res", average_l0=None) -> SAE:
+    """Load one SAE, checked, frozen, float32, on the CPU. Nothing is ever unpickled but tensors.
 
-    `source`: a hub repo (`google/gemma-scope-2b-pt-res`; where the hub can't be read its local cache is used,
-    with a warning), a local directory laid out like one, or with one such layout per site in `res`, `mlp` and
-    `att`, or one .npz or .safetensors file, for which the other arguments don't matter.
-    `layer`: from 0. `site`: "res", "mlp" or "att". `revision`: the repo's.
-    `width`, `average_l0` (the number of active features): as the folders say them. None takes the narrowest,
-    and the L0 nearest to 100; for Gemma Scope 2, which says small, medium or big, "medium", else "small".
-    Raises: ValueError for a site, layer, width or L0 that does not exist (it lists those that do) and for a
-    file that holds no SAE; OSError for a path or repo that does not exist, is gated or can't be reached.
+    `source`: a hub repo (`google/gemma-scope-2b-pt-res`), a folder in one (`owner/name/folder`), a local copy
+    of either, perhaps with one for each site in `res`, `mlp` and `att`, or one file. The names of its files
+    tell the maker (see above). Where the hub can't be read its local cache is used, with a warning.
+    `layer`: from 0. None: the one that the SAE was trained on, where it says so, else the last there is.
+    `site`: "res", "mlp" or "att".
+    `width`, `average_l0` (the number of active features): as the files' names say them, where they do. None
+    takes the narrowest, and the L0 nearest to 100; of Gemma Scope 2's words "medium", else "small".
+    Raises: UserError for a site, layer, width or L0 that does not exist (it lists those that do), an SAE of
+    another layer or site, a file that holds no SAE or one that is not understood, and a path or repo that
+    does not exist, is gated or can't be reached.
     """
     if site not in FOLDERS:
-        raise ValueError(f"unknown site {site!r}: it is one of {', '.join(FOLDERS)}")
-    path, repo = Path(source).expanduser(), str(source)
+        raise UserError(f"unknown site {site!r}: it is one of {', '.join(FOLDERS)}")
+    path = Path(source).expanduser()
+    choose = partial(_choose_file, layer=layer, width=width, site=site, average_l0=average_l0)
     if path.is_file():  # one SAE, whatever its name
-        return _read_sae(path)
-    choose = partial(_choose_file, source, layer=layer, width=width, site=site, average_l0=average_l0)
-    if path.is_dir():
+        sae = _read_sae(path)
+    elif path.is_dir():
         by_site = [name for name in FOLDERS if (path / name).is_dir()]
         if by_site and site not in {"res", *by_site}:  # beside site folders only `res` may lie bare
-            raise ValueError(f"{source}: no site {site!r}; it has: {', '.join(by_site)}")
+            raise UserError(f"{source}: no site {site!r}; it has: {', '.join(by_site)}")
         root = path / site if site in by_site else path
-        return _read_sae(root / choose(_list_directory(root)))
-    # A hub id is `owner/name`. All else, and what ends like a file, can only be a path.
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo) or path.suffix in (".npz", ".safetensors"):
-        raise FileNotFoundError(f"{source}: no such file or directory")
-    if (named := re.search(r"-(res|mlp|att|transcoders)$", repo)) and named[1] != site:  # one site a repo
-        raise ValueError(f"{source} holds site {named[1]!r}, not {site!r}")
-    return _read_sae(_fetch_from_hub(repo, choose, revision))
+        sae = _read_sae(root / choose(str(source), _list_directory(root)))
+    else:
+        sae = _read_sae(_fetch_from_hub(str(source), choose, site))
+    for name, asked in (("layer", layer), ("site", site)):
+        says = getattr(sae, name)
+        if None not in (says, asked) and says != asked:
+            raise UserError(f"{source}: this SAE is of {name} {says}, not {asked}")
+        setattr(sae, name, asked if says is None else says)
+    return sae
 
 
-def _choose_file(source, files, *, layer, width, site, average_l0) -> str:
-    """The one of `files`, paths inside `source`, that holds the SAE; ValueError lists what exists instead."""
+def _choose_file(place: str, files: list[str], *, layer, width, site, average_l0) -> str:
+    """The one of `files`, paths inside `place`, that holds the SAE; UserError lists what exists instead."""
+    if "sae_weights.safetensors" in files:  # SAELens: a folder is one SAE
+        return "sae_weights.safetensors"
     # Gemma Scope (Gemma 2): one site in each repo.
     scope = r"layer_(\d+)/width_(\w+)/average_l0_(\d+)/params\.npz"
     # Gemma Scope 2 (Gemma 3): FOLDER has four layers in many widths, FOLDER_all has every layer.
     scope2 = rf"{FOLDERS[site]}(?:_all)?/layer_(\d+)_width_(\w+)_l0_(small|medium|big)/params\.safetensors"
-    found: dict[tuple, str] = {}  # (layer, width, L0), as the folders say them -> file
+    found: dict[tuple, str] = {}  # (layer, width, L0), as the names say them -> file
     for file in sorted(files):  # FOLDER before FOLDER_all: an SAE that both name is FOLDER's
         if match := re.fullmatch(scope, file) or re.fullmatch(scope2, file):
             found.setdefault(match.groups(), file)  # the first stays
+        elif match := re.fullmatch(r"layer(\d+)\.sae\.pt", file):  # Qwen-Scope: a repo is one width and L0
+            found[match[1], *_qwen_scope_name(place)] = file
     if not found:
-        raise ValueError(f"{source}: no SAE of site {site!r} in the layout of Gemma Scope or Gemma Scope 2")
+        others = [
+            str(PurePosixPath(file).parent) for file in files if file.endswith("/sae_weights.safetensors")
+        ]
+        if others:
+            raise UserError(
+                f"{place}: give the folder of one SAE, as {place}/{', '.join(sorted(others)):.300}"
+            )
+        raise UserError(f"{place}: no SAE of site {site!r} in a layout of Gemma Scope, Qwen-Scope or SAELens")
+
     # Narrow them down to the layer, then to the width, then to the L0.
     for axis, (label, value) in enumerate({"layer": layer, "width": width, "average_l0": average_l0}.items()):
-        exist = sorted({key[axis] for key in found}, key=lambda name: (len(name), name))  # 9 before 16
-        if value is None and (label == "width" or not exist[0].isdigit()):  # FOLDER_all has no medium
-            value = "medium" if "medium" in exist else "small" if "small" in exist else exist[0]
+        exist = sorted({key[axis] for key in found}, key=_size)
+        if value is None and label == "average_l0":
+            named = [name for name in ("medium", "small", "big") if name in exist]  # FOLDER_all has no medium
+            value = named[0] if named else min(exist, key=lambda l0: abs(int(l0) - 100))
         elif value is None:
-            value = min(exist, key=lambda l0: abs(int(l0) - 100))
+            value = exist[-1 if label == "layer" else 0]
         found = {key: file for key, file in found.items() if key[axis] == str(value)}
         if not found:
-            raise ValueError(f"{source}: no {label} {value}; it has: {', '.join(exist)}")
+            raise UserError(f"{place}: no {label} {value}; it has: {', '.join(exist)}")
     return found.popitem()[1]
 
 
+def _size(name: str):
+    """Sorts names as numbers: 16k is 16,000, 1m is 1,000,000; what is no number comes last."""
+    match = re.fullmatch(r"(\d+)([km]?)", name)
+    return int(match[1]) * {"": 1, "k": 1000, "m": 10**6}[match[2]] if match else math.inf, name
+
+
+def _qwen_scope_name(place: str) -> tuple[str, str]:
+    """Width and L0, which is k, in the name of a Qwen-Scope repo or of a local copy: ("64k", "50")."""
+    named = re.findall(r"-W(\d+[KM])-L0_(\d+)", str(Path(place).absolute()))
+    if not named:
+        raise UserError(
+            f"{place}: k of a Qwen-Scope SAE stands in its folder's name, …-W64K-L0_50: keep that"
+        )
+    return named[-1][0].lower(), named[-1][1]
+
+
 def _list_directory(root: Path) -> list[str]:
-    return [path.relative_to(root).as_posix() for path in root.rglob("params.*") if path.is_file()]
+    """Paths inside `root` of the files that can be an SAE."""
+    names = ("params.npz", "params.safetensors", "sae_weights.safetensors")
+    files = (path for path in root.rglob("*") if path.name in names or path.name.endswith(".sae.pt"))
+    return [path.relative_to(root).as_posix() for path in files if path.is_file()]
 
 
-def _fetch_from_hub(repo: str, choose, revision) -> Path:
-    """Local path of the file that `choose` picks from the repo's list; OSError of one line if none."""
+def _fetch_from_hub(source: str, choose, site: str) -> Path:
+    """Local path of the file that `choose` picks from a hub repo, or from a folder in it."""
+    # A hub id is `owner/name`. All else, and what ends like a file, can only be a path.
+    named = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)((?:/[\w.-]+)*)", source)
+    if named is None or source.startswith("runs/") or source.endswith((".npz", ".safetensors", ".pt")):
+        raise UserError(f"{source}: no such file or directory")
+    repo, folder = named[1], named[2].removeprefix("/") + "/" * bool(named[2])
+    if (sites := re.search(r"-(res|mlp|att|transcoders)$", repo)) and sites[1] != site:  # one site a repo
+        raise UserError(f"{source} holds site {sites[1]!r}, not {site!r}")
+    cache = None
+    with hub_errors("no such folder here, and the hub's repo", repo):
+        try:
+            files = HfApi().list_repo_files(repo)
+        except Exception as error:  # the HTTP library has kinds of its own
+            try:  # [] asks for no file: a cache that holds one SAE of many would be refused as incomplete
+                cache = Path(snapshot_download(repo, local_files_only=True, allow_patterns=[]))
+            except Exception:
+                raise error from None
+            files = _list_directory(cache)
+            warnings.warn(f"{repo}: the hub can't be read; choosing among what {cache} holds", stacklevel=3)
+    inside = [file.removeprefix(folder) for file in files if file.startswith(folder)]
+    file = PurePosixPath(folder, choose(source, inside))
+    if cache is not None:
+        return cache / file
+    cfg = str(file.with_name("cfg.json"))  # SAELens' file that says what the arrays mean
+    with hub_errors("the hub's repo", repo):  # a gated repo lists its files to everyone, and refuses here
+        paths = [hf_hub_download(repo, name) for name in (cfg, str(file)) if name in files]
+    return Path(paths[-1])
+
+
+# ---------------------------------------------------------------------------- what is in a file
+def _read_sae(path: Path) -> SAE:
+    """The SAE in one file, with the layer that its path names; UserError says what is wrong with it."""
+    cfg = path.with_name("cfg.json")
     try:
-        files = HfApi().list_repo_files(repo, revision=revision)
-    except Exception as error:  # the HTTP library has kinds of its own
-        try:  # [] asks for no file: a cache that holds one SAE of many would be refused as incomplete
-            root = Path(snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=[]))
-        except Exception:
-            raise _hub_error(repo, revision, error) from None
-        warnings.warn(f"{repo}: the hub can't be read; choosing among what {root} holds", stacklevel=3)
-        return root / choose(_list_directory(root))
-    file = choose(files)
-    try:
-        return Path(hf_hub_download(repo, file, revision=revision))
-    except Exception as error:  # a gated repo lists its files to everyone, and refuses here
-        raise _hub_error(repo, revision, error) from None
-
-
-def _hub_error(repo: str, revision, error: Exception) -> OSError:
-    """One line that says what to do about a failed call to the hub."""
-    reason = f"{type(error).__name__}: {error}".splitlines()[0]
-    advice = f"no local path, and the hub can't be read ({reason}): check the network or give a copy"
-    if isinstance(error, GatedRepoError):  # asked first: it is a kind of RepositoryNotFoundError
-        advice = f"gated: accept its licence at https://huggingface.co/{repo}, then `hf auth login`"
-    elif isinstance(error, RevisionNotFoundError):
-        advice = f"the hub's repo has no revision {revision!r}"
-    elif isinstance(error, RepositoryNotFoundError):
-        advice = "no local path and no hub repo you may read: check the name; if private, `hf auth login`"
-    return OSError(f"{repo}: {advice}")
-
-
-def _read_sae(path: Path) -> JumpReLUSAE:
-    """The SAE in one .npz or .safetensors file; ValueError names the file and what is wrong with it."""
-    try:
-        file = np.load(path, allow_pickle=False) if path.suffix == ".npz" else load_file(path)
-        arrays = {key.lower(): torch.as_tensor(array) for key, array in file.items()}
-        return JumpReLUSAE(*(arrays[name.lower()] for name in ARRAYS))
+        if path.suffix == ".pt":
+            sae = _read_qwen_scope(path)
+        elif path.suffix != ".npz" and (cfg.exists() or path.name == "sae_weights.safetensors"):
+            return _read_saelens(json.loads(cfg.read_text()), load_file(path))
+        else:
+            file = np.load(path, allow_pickle=False) if path.suffix == ".npz" else load_file(path)
+            arrays = {key.lower(): torch.as_tensor(array) for key, array in file.items()}
+            W_enc, b_enc, W_dec, b_dec, threshold = (arrays[name.lower()] for name in ARRAYS)
+            sae = SAE(W_enc, b_enc, W_dec, b_dec, threshold)
     except Exception as error:  # zipfile, zlib, numpy and safetensors each have their own
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(f"{path}: no whole SAE in .npz or .safetensors ({reason})") from None
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        raise UserError(f"{path}: no SAE that can be read ({kind}{error})".splitlines()[0]) from None
+    named = re.findall(r"(?<![a-z])layer_?(\d+)", "/".join(path.parts[-4:]))
+    sae.layer = int(named[-1]) if named else None
+    return sae
 
 
+def _read_qwen_scope(path: Path) -> SAE:
+    """A Qwen-Scope SAE: the k largest z, negative ones too; W_enc (m, d) and W_dec (d, m) lie transposed."""
+    try:
+        arrays = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError("more than tensors is pickled there, or nothing") from None
+    W_enc, b_enc, W_dec, b_dec = _take(arrays, ARRAYS[:4])
+    threshold = torch.full(b_enc.shape, -torch.inf)
+    sae = SAE(W_enc.T, b_enc, W_dec.T, b_dec, threshold, k=int(_qwen_scope_name(str(path))[1]))
+    sae.site = "res"
+    return sae
+
+
+def _take(arrays: dict[str, Tensor], names) -> list[Tensor]:
+    """The arrays of these names; UserError where there are others, or one is missing."""
+    if odd := arrays.keys() ^ set(names):
+        raise UserError(f"{', '.join(sorted(odd))}: missing, or not understood")
+    return [arrays[name] for name in names]
+
+
+def _read_saelens(cfg: dict, arrays: dict[str, Tensor]) -> SAE:
+    """An SAE as SAELens 6's `save_model` writes it, all that it does to its input folded into the encoder."""
+    if "metadata" not in cfg:
+        raise UserError("cfg.json is of SAELens before 6: load it there, and save it with SAELens 6")
+    topk = cfg["architecture"] == "topk"
+    understood = UNDERSTOOD | ({"rescale_acts_by_decoder_norm": (True, False)} if topk else {})
+    for field, value in (cfg | {"hook_head_index": cfg["metadata"].get("hook_head_index")}).items():
+        allowed = understood.get(field, ())
+        if value not in allowed and not re.fullmatch(NO_MATTER, field):
+            only = f"; it may be {', '.join(map(str, allowed))}" if allowed else ""
+            raise UserError(f"cfg.json: {field} {value!r} is not understood{only}")
+    taken = _take(arrays, ARRAYS if cfg["architecture"] == "jumprelu" else ARRAYS[:4])
+    W_enc, b_enc, W_dec, b_dec, *rest = (array.float() for array in taken)
+    if cfg["apply_b_dec_to_input"]:  # (h - b_dec) W_enc + b_enc = h W_enc + (b_enc - b_dec W_enc)
+        b_enc = (b_enc.double() - b_dec.double() @ W_enc.double()).float()
+    if cfg.get("rescale_acts_by_decoder_norm"):  # features are z ‖W_dec‖, and decoded by W_dec / ‖W_dec‖
+        norm = W_dec.norm(dim=1)  # (m,)
+        W_enc, b_enc, W_dec = W_enc * norm, b_enc * norm, W_dec / norm[:, None]
+    # ReLU comes first in SAELens, so a threshold below 0 is none there.
+    threshold = rest[0].clamp(min=0) if rest else torch.zeros_like(b_enc)
+    sae = SAE(W_enc, b_enc, W_dec, b_dec, threshold, k=cfg["k"] if topk else None)
+    if (hook := cfg["metadata"].get("hook_name")) is not None:
+        sae.layer, sae.site = _saelens_place(hook)
+    return sae
+
+
+def _saelens_place(hook: str) -> tuple[int, str]:
+    """Layer and site of a hook's name, TransformerLens' or that of transformers' own block."""
+    match = re.fullmatch(r"blocks\.(\d+)\.hook_(resid_pre|resid_post|mlp_out)", hook)
+    match = match or re.fullmatch(r"model\.(?:language_model\.)?layers\.(\d+)()", hook)
+    layer = (
+        -1 if match is None else int(match[1]) - (match[2] == "resid_pre")
+    )  # what the block before it left
+    if match is None or layer < 0:
+        names = "blocks.N.hook_resid_post, hook_resid_pre (N > 0) or hook_mlp_out, or model.layers.N"
+        raise UserError(f"cfg.json: hook_name {hook!r} is not understood; it may be {names}")
+    return layer, "mlp" if match[2] == "mlp_out" else "res"
+
+
+# ---------------------------------------------------------------------------- where it reads
 class SiteHook(AbstractContextManager):
     """Captures, at each forward of `model`, what an SAE of `layer` (from 0) and `site` reads (see `MODULES`).
 

@@ -31,6 +31,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
 
+from sae import active_features, as_mask
+
 # Columns of logits at once. By the device alone: the same states give the same bits in both phases.
 VOCABULARY_SLICE = {"cuda": 8192, "cpu": 1024}
 TOKEN_SLICE = 1024  # tokens whose features are made at once
@@ -195,18 +197,19 @@ def owner_matrix(owner, responses, dtype):
 
 
 class _PooledFeatures(torch.autograd.Function):
-    """`pooled_features` over slices of tokens. Of (N, m), a byte each is kept: is the feature active?"""
+    """`pooled_features` over slices of tokens. Kept for the backward is which features are active."""
 
     @staticmethod
-    def forward(ctx, states, W_enc, b_enc, threshold, mean, chunk, rounded):
+    def forward(ctx, states, W_enc, b_enc, threshold, k, mean, chunk, rounded):
         """(responses, m), features averaged by the weights `mean` (responses, N)."""
         pooled = torch.zeros(len(mean), W_enc.shape[1], dtype=W_enc.dtype, device=states.device)
         kept = []
         for i in range(0, len(states), chunk):
             with tf32(rounded):
                 z = torch.addmm(b_enc, states[i : i + chunk].to(W_enc.dtype), W_enc)  # (chunk, m)
-            active = z > threshold  # JumpReLU: z itself where it passes, else 0
-            pooled.addmm_(mean[:, i : i + chunk], torch.where(active, z, 0.0))  # (responses, m)
+            active = active_features(z, threshold, k)
+            c = torch.where(as_mask(active, z.shape[1]), z, 0.0)  # (chunk, m), as SAE.encode
+            pooled.addmm_(mean[:, i : i + chunk], c)  # (responses, m)
             if ctx.needs_input_grad[0]:
                 kept.append(active)
         ctx.save_for_backward(W_enc, mean, *kept)
@@ -217,18 +220,19 @@ class _PooledFeatures(torch.autograd.Function):
     def backward(ctx, g):
         """The gradient of states (N, d), from that of the averages (responses, m)."""
         W_enc, mean, *kept = ctx.saved_tensors
+        columns, m = slice(None), g.shape[1]  # all of them
         if not g.is_cuda:  # where counting waits for nothing
             # D_FPO sends gradients to at most 2 k features of a response, so most columns may be left out.
-            columns = g.any(0).nonzero().flatten()
-            if 2 * len(columns) < g.shape[1]:
-                g, W_enc = g[:, columns], W_enc[:, columns]
-                kept = [active[:, columns] for active in kept]
+            some = g.any(0).nonzero().flatten()
+            columns = some if 2 * len(some) < m else columns
+        g, W_enc = g[:, columns], W_enc[:, columns]
         d_states = torch.empty(mean.shape[1], len(W_enc), dtype=ctx.dtype, device=g.device)
         for i, active in zip(range(0, len(d_states), ctx.chunk), kept, strict=True):
             d_c = mean[:, i : i + ctx.chunk].T @ g  # (chunk, columns)
             with tf32(ctx.rounded):
-                d_states[i : i + ctx.chunk] = torch.where(active, d_c, 0.0) @ W_enc.T
-        return d_states, *(None,) * 6
+                d_z = torch.where(as_mask(active, m)[:, columns], d_c, 0.0)
+                d_states[i : i + ctx.chunk] = d_z @ W_enc.T
+        return d_states, *(None,) * 7
 
 
 def pooled_features(states, sae, owner, lengths, rounded=False):
@@ -236,14 +240,15 @@ def pooled_features(states, sae, owner, lengths, rounded=False):
 
     Args:
         states: (N, d), what the SAE reads at the N positions; gradient goes to them alone.
-        sae: a JumpReLUSAE, m features.
+        sae: an SAE, m features; or another object with its `W_enc`, `b_enc`, `threshold` and `k`.
         owner, lengths: (N,), the response of each position; (responses,), positions of each, perhaps 0.
         rounded: on a card, multiply by W_enc in TF32. For states of bf16 products, whose own rounding is
             coarser: in float32 these two products take 6 % of a step of Gemma-2-2B on an H100.
     Returns: (responses, m) float32.
     """
     mean = owner_matrix(owner, len(lengths), sae.W_enc.dtype) / lengths.clamp(min=1)[:, None]
-    return _PooledFeatures.apply(states, sae.W_enc, sae.b_enc, sae.threshold, mean, TOKEN_SLICE, rounded)
+    options = sae.threshold, sae.k, mean, TOKEN_SLICE, rounded
+    return _PooledFeatures.apply(states, sae.W_enc, sae.b_enc, *options)
 
 
 # ---------------------------------------------------------------------------- float32 in two halves

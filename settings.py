@@ -36,7 +36,9 @@ class Config:
     cache_dir: str = flag(None, "Phase 1's reference; by default runs/PRESET/reference")
     out: str = flag(None, "folder of this run; by default runs/PRESET/METHOD")
     # the sparse autoencoder
-    sae: str | None = flag("google/gemma-scope-2b-pt-res", "Gemma Scope's repo or layout, or one file")
+    sae: str | None = flag(
+        "google/gemma-scope-2b-pt-res", "Gemma Scope, Qwen-Scope, SAELens: repo, folder or file"
+    )
     sae_layer: list[int] = flag([25], "from 0; the last is best (Table 3); several: mean D_FPO (Table 7)")
     sae_width: str = flag("16k", "number of features (Table 5: 16k); auto: the narrowest there is")
     sae_site: Literal["res", "mlp", "att"] = flag("res", "residual stream, MLP (Table 3) or attention")
@@ -122,12 +124,20 @@ PRESETS: dict[str, dict] = {
         "eval_every": 50,
     },
 }
-# For models that the paper does not try: D_FPO without unit, and the α of a sweep (docs/results.md).
+# For models that the paper does not try: D_FPO without unit, and the α of a sweep (docs/results.md). Not run.
 UNITLESS = {"feature_scale": "rms", "alpha": 1e4, "sae_l0": ["auto"], "warmup_steps": 0, "warmup_ratio": 0.1}
 PRESETS["gemma-3-270m"] = {"base": "google/gemma-3-270m", "sae": "google/gemma-scope-2-270m-pt", **UNITLESS}
 PRESETS["gemma-3-270m"]["sae_layer"] = [17]
 PRESETS["gemma-3-1b"] = {"base": "google/gemma-3-1b-pt", "sae": "google/gemma-scope-2-1b-pt", **UNITLESS}
-# Any other model: its data and its SAE must be given; the SAE is read at the last layer.
+PRESETS["qwen3-1.7b"] = {"base": "Qwen/Qwen3-1.7B-Base", "sae_layer": [27], "sae_width": "auto", **UNITLESS}
+PRESETS["qwen3-1.7b"]["sae"] = "Qwen/SAE-Res-Qwen3-1.7B-Base-W32K-L0_50"
+PRESETS["qwen3-8b"] = {"base": "Qwen/Qwen3-8B-Base", "sae_layer": [35], "sae_width": "auto", **UNITLESS}
+PRESETS["qwen3-8b"] |= {
+    "sae": "Qwen/SAE-Res-Qwen3-8B-Base-W64K-L0_50",
+    "optimizer": "rmsprop",
+    "eval_kl": False,
+}
+# Any other model: its data and its SAE must be given; the SAE is read where it says, or at the last layer.
 PRESETS["own"] = {"sae": None, "sae_layer": [], "sae_width": "auto", **UNITLESS}
 AT_LEAST_1 = {"batch_size", "epochs", "steps", "k", "max_length", "max_prompt_length"}  # others at least 0
 
@@ -146,7 +156,11 @@ def parse_args(argv=None, defaults=()) -> Config:
     preset = first.preset or ("own" if first.model else "gemma-2-2b")
     if preset not in PRESETS:
         refuse(f"--preset {preset}: one of {', '.join(PRESETS)}")
-    paper = PAPER_DATA["sft" if first.method == "sft" else "others"] if preset.startswith("gemma") else {}
+    paper = (
+        PAPER_DATA["sft" if first.method == "sft" else "others"]
+        if preset.startswith(("gemma", "qwen"))
+        else {}
+    )
     left_out = {"base"} if first.method == "fpo" else {"base", "alpha"}  # a preset's α is FPO's
     values = {name: value for name, value in PRESETS[preset].items() if name not in left_out}
     parser.set_defaults(**{"preset": preset, **paper, **TABLE_5[first.method], **values, **dict(defaults)})

@@ -27,7 +27,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, GenerationConfig, PreT
 from batches import collate
 from data import GEMMA_TURNS, Pairs
 from runtime import UserError, check_output, run_script, write_json
-from sae import JumpReLUSAE, SiteHook, sae_figures, train_sae, write_sae
+from sae import SAE, SiteHook, sae_figures, train_sae, write_sae
 
 SIZES = {"documents": 2600, "sft": 3600, "train": 2400, "test": 400, "test_prompts": 160}
 # (site, layer) of each SAE. The first is always made, --all_saes makes the others.
@@ -279,7 +279,7 @@ def add_sae(root, report, site, layer):
     train, held_out = (Pairs(rows[:2000]) for rows in sft_rows(tokenizer, report["seed"]))
     seed = 1000 * report["seed"] + SAES.index((site, layer))
     arrays = train_sae(response_states(model, train, layer, site), seed=seed)
-    figures = sae_figures(JumpReLUSAE(**arrays), response_states(model, held_out, layer, site))
+    figures = sae_figures(SAE(**arrays), response_states(model, held_out, layer, site))
     path = write_sae(root / "sae", arrays, layer, site, figures["l0"])
     report["saes"][path.relative_to(root).as_posix()] = {"site": site, "layer": layer, **figures}
     # toy.json, with the SHA-256 of every other file.

@@ -186,6 +186,8 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
     say(f"starting from {config.model}")
     needs_saes = config.sae is not None and config.method != "sft"
     saes, sites = load_saes(config, device) if needs_saes else ([], [])
+    for sae, (layer, site) in zip(saes, sites, strict=True):
+        say(f"SAE: layer {layer}, {site}, {sae.m} features")
     load_config(config.model)  # where no model is, nothing else is asked
     tokenizer = data.load_tokenizer(config.model)
     pairs, held_out = (load_data(name, config, tokenizer) for name in ("dataset", "eval_dataset"))
@@ -250,7 +252,7 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
     # What the run stands on, by the flag that names it: a resumed run must stand on the same.
     input_digests = {"dataset": pairs.digest(), "eval_dataset": held_out.digest(), "reference": digest}
     input_digests["model"] = hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()
-    input_digests["sae"] = [offline.digest(dict(sae.named_buffers())) for sae in saes]
+    input_digests["sae"] = [offline.sae_identity(*pair) for pair in zip(policy.saes, sites, strict=True)]
     start = 0
     if resumes:
         meta = read_meta(config, input_digests)
@@ -263,7 +265,8 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
             (out / "state").rename(out / "state.old")
     meta = {"settings": asdict(config), "input_digests": input_digests, "before": before}
     if rank == 0:
-        runtime.write_json(out / "config.json", asdict(config) | {"units": units, "audit": found})
+        known = {"sae_layer": [layer for layer, _ in sites], "units": units, "audit": found}
+        runtime.write_json(out / "config.json", asdict(config) | known)
         cut_metrics(out / "metrics.jsonl", start)
     policy.train()
     if ddp:

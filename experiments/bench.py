@@ -120,7 +120,7 @@ def make_policies(args, methods):
     if "fpo" in methods:  # a random SAE at the last layer; 1 feature in 300 is active, as in Gemma Scope
         d, m = lm.config.hidden_size, args.sae_width
         W_enc, zeros = torch.randn(d, m, device=lm.device) / d**0.5, torch.zeros(m, device=lm.device)
-        sae = SimpleNamespace(d=d, m=m, W_enc=W_enc, b_enc=zeros, threshold=zeros.clone())
+        sae = SimpleNamespace(d=d, m=m, k=None, W_enc=W_enc, b_enc=zeros, threshold=zeros.clone())
         policies["fpo"] = fpo.Policy(lm, [sae], [(lm.config.num_hidden_layers - 1, "res")])
         with torch.no_grad():
             z = policies["fpo"].read_sites(all_pairs(args).to(lm.device))[0][:32].float() @ W_enc

@@ -80,7 +80,8 @@ def state_encoder(config):
     """An encoder that gives the state itself: identity, no bias, and a threshold that everything exceeds."""
     device, d = runtime.start_processes(), loading.load_config(config.model).get_text_config().hidden_size
     b_enc, threshold = torch.zeros(d, device=device), torch.full((d,), -torch.inf, device=device)
-    return SimpleNamespace(d=d, m=d, W_enc=torch.eye(d, device=device), b_enc=b_enc, threshold=threshold)
+    one = torch.eye(d, device=device)
+    return SimpleNamespace(d=d, m=d, k=None, W_enc=one, b_enc=b_enc, threshold=threshold)
 
 
 # ---------------------------------------------------------------------------- a trained model

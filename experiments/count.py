@@ -154,7 +154,7 @@ def sae_cost(config, N, m, responses):
     """The pooled features of N tokens; the backward's products have the sizes of the forward's."""
     d = config.hidden_size
     with FakeTensorMode(), Counter() as counter:
-        sae = SimpleNamespace(W_enc=torch.empty(d, m), b_enc=torch.empty(m), threshold=torch.empty(m))
+        sae = SimpleNamespace(W_enc=torch.empty(d, m), b_enc=torch.empty(m), threshold=torch.empty(m), k=None)
         states, owner = torch.empty(N, d), torch.zeros(N, dtype=torch.int64)  # of the float32 stream
         scale.pooled_features(states, sae, owner, torch.ones(responses))
     return 2 * counter.so_far()

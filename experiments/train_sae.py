@@ -23,7 +23,7 @@ from batches import epoch_order, micro_batches, stream
 from fpo import attention_mask
 from loading import choose_layout, load_lm
 from runtime import refuse
-from sae import MODULES, JumpReLUSAE, SiteHook, sae_figures, train_sae, write_sae
+from sae import MODULES, SAE, SiteHook, sae_figures, train_sae, write_sae
 
 
 def choose_pairs(pairs, tokens):
@@ -102,7 +102,7 @@ def main(argv=None):
     print(f"{len(states):,} states of {len(train)} pairs to train on, {len(others):,} of others held out")
 
     arrays = train_centred(states, width=args.width, steps=args.steps, lr=3e-3, l0_weight=args.l0_weight)
-    figures = sae_figures(JumpReLUSAE(**arrays).to(device), others)
+    figures = sae_figures(SAE(**arrays).to(device), others)
     with runtime.writing(args.out, keep=True):
         path = write_sae(args.out, arrays, args.layer, args.site, figures["l0"])
     print(f"held out: L0 {figures['l0']:.1f}, FVU {figures['fvu']:.3f}, dead features {figures['dead']:.1%}")

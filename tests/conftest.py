@@ -19,7 +19,7 @@ from transformers import Gemma2ForCausalLM
 import losses
 import offline
 from data import Pairs
-from sae import JumpReLUSAE
+from sae import SAE
 
 ROOT = Path(__file__).parent.parent
 V, D, M = 97, 32, 160
@@ -52,19 +52,23 @@ def nudge(lm, scale=0.02, seed=1):
     return twin.eval()
 
 
-def make_sae(seed=0, d=D, m=M):
-    """A random SAE with about a tenth of its features active on the tiny model's states."""
+def make_sae(seed=0, d=D, m=M, k=None, low=0.0):
+    """A random SAE with about a tenth of its features active on the tiny model's states.
+
+    k: a TopK one, of which only what exceeds `low` is active: 0 is a ReLU's, -inf none at all.
+    """
     g = torch.Generator(torch.get_default_device()).manual_seed(seed)
     W_enc = torch.randn(d, m, generator=g) / d**0.5
     threshold = 0.5 + torch.rand(m, generator=g)
     b_enc = 0.1 * torch.randn(m, generator=g)
-    return JumpReLUSAE(W_enc, b_enc, W_enc.T.clone(), torch.zeros(d), threshold)
+    threshold = threshold if k is None else torch.full((m,), low)
+    return SAE(W_enc, b_enc, W_enc.T.clone(), torch.zeros(d), threshold, k)
 
 
 def exact_sae(d=D):
     """An SAE without error: c = (ReLU(h), ReLU(-h)), ĥ = h; d features active at each state."""
     one, zero = torch.eye(d), torch.zeros(2 * d)
-    return JumpReLUSAE(torch.cat([one, -one], 1), zero, torch.cat([one, -one]), torch.zeros(d), zero)
+    return SAE(torch.cat([one, -one], 1), zero, torch.cat([one, -one]), torch.zeros(d), zero)
 
 
 def make_pairs(n=8, seed=0, longest=14):

@@ -185,6 +185,10 @@ def test_cache_identity(reference, saes):
     sae = copy.deepcopy(saes[1])
     sae.threshold[5] += 1e-6
     assert identity_of(policy_of(reference, (saes[0], sae)), pairs) != home
+    topk, found = copy.deepcopy(saes[1]), [home]
+    for topk.k in (8, 9):
+        found.append(identity_of(policy_of(reference, (saes[0], topk)), pairs))
+        assert found.count(found[-1]) == 1
     assert identity_of(policy_of(copy.deepcopy(reference).to(torch.bfloat16), saes), pairs) != home
     assert identity_of(policy, pairs, layout="shared") != home
     for name, value in (("final_logit_softcapping", 29.0), ("sliding_window", 8), ("rms_norm_eps", 1e-5)):

@@ -105,10 +105,13 @@ def test_head_stays_finite_far_out():
 # ---------------------------------------------------------------------------- pooled features
 @pytest.mark.parametrize("features", [M, 3])  # that get a gradient, of each response: all columns, or a few
 @pytest.mark.parametrize("dtype", [FLOAT32, BF16])
-def test_pooled_features_against_the_kept_ones(features, dtype, monkeypatch):
+@pytest.mark.parametrize(
+    "kind", [{}, {"k": 10}, {"k": 120}, {"k": 120, "low": -math.inf}]
+)  # half are positive
+def test_pooled_features_against_the_kept_ones(kind, features, dtype, monkeypatch):
     """Value and gradient against encode, then a mean; slices end within a response; one response is empty."""
     monkeypatch.setattr(scale, "TOKEN_SLICE", 4)
-    sae, lengths = make_sae(), torch.tensor([5, 0, 7, 1])
+    sae, lengths = make_sae(**kind), torch.tensor([5, 0, 7, 1])
     owner = torch.arange(4).repeat_interleave(lengths)
     h = torch.randn(13, sae.d).to(dtype).requires_grad_()
     g = torch.zeros(4, M)
@@ -123,6 +126,16 @@ def test_pooled_features_against_the_kept_ones(features, dtype, monkeypatch):
     torch.testing.assert_close(pooled, expected, atol=1e-6, rtol=1e-5)
     assert grad.dtype == dtype and grad.abs().max() > 0.01
     torch.testing.assert_close(grad, h.grad, atol=1e-6, rtol=1e-5 if dtype == FLOAT32 else 2**-7)
+
+
+@pytest.mark.parametrize(("k", "kept"), [(None, 20 * M), (7, 20 * 7 * 4)])  # a byte a feature, 4 bytes an id
+def test_a_topk_sae_keeps_ids_for_its_backward(k, kept):
+    """Of 20 tokens, beside the encoder and the matrix of the means."""
+    saved, known = [], (FLOAT32,)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        h = torch.randn(20, 32, requires_grad=True)
+        scale.pooled_features(h, make_sae(k=k), torch.zeros(20).long(), torch.tensor([20]))
+    assert sum(x.nbytes for x in saved if x.dtype not in known) == kept
 
 
 class Rounding(TorchDispatchMode):

@@ -15,7 +15,7 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 import fpo
 from batches import collate
 from experiments import theorem
-from sae import JumpReLUSAE
+from sae import SAE
 
 
 def make_head(E, w=0.0, cap=None, eps=0.0):
@@ -53,7 +53,7 @@ def test_where_the_theorem_fails():
     small = theorem.position_bounds(head, head, sae, H_REF / 1000, H / 1000)
     assert small["theorem"].item() == pytest.approx(2e-6, rel=1e-4)
     assert small["theorem"] < small["kl"]
-    blind = JumpReLUSAE(sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, torch.full((4,), 100.0))
+    blind = SAE(sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, torch.full((4,), 100.0))
     found = theorem.position_bounds(head, head, blind, H_REF, H)
     assert found["theorem"] == 0 < found["kl"] and found["de"] == found["dh"]
 

@@ -18,7 +18,7 @@ import sae as sae_module
 import toy
 from data import Pairs
 from runtime import UserError
-from sae import JumpReLUSAE, load_sae
+from sae import SAE, load_sae
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +151,7 @@ def test_an_sae_follows_the_unit_of_its_states():
 
 def test_figures_of_an_sae_by_hand():
     one, zero = torch.eye(2), torch.zeros(2)
-    sae = JumpReLUSAE(one, zero, one, zero, torch.tensor([1.0, 9.0]))
+    sae = SAE(one, zero, one, zero, torch.tensor([1.0, 9.0]))
     # c = (2, 0), (0, 0), (4, 0): feature 1 is dead; errors 1, 1 and 0; the mean state is (7/3, 2/3).
     h = torch.tensor([[2.0, 1.0], [1.0, 0.0], [4.0, 0.0]])
     variance = (4 + 1 + 16) - 3 * (7 / 3) ** 2 + 1 - 3 * (1 / 3) ** 2

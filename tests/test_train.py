@@ -18,6 +18,7 @@ import settings
 import train
 from losses import METHODS
 from runtime import UserError
+from sae import SAE
 
 SHORT = ["--preset", "toy", "--steps", "3", "--warmup_steps", "2", "--eval_every", "0", "--no_eval_kl"]
 
@@ -122,9 +123,8 @@ def test_a_loss_and_an_encoder_of_ones_own(folder):
     """An experiment's loss function and encoder: D is the mean squared change of the pooled states."""
     seen = []
 
-    class States:  # JumpReLU without a threshold is the identity: its features are the states themselves
-        d = m = 64
-        W_enc, b_enc, threshold = torch.eye(64), torch.zeros(64), torch.full((64,), -torch.inf)
+    one, zero = torch.eye(64), torch.zeros(64)  # without a threshold its features are the states themselves
+    identity = SAE(one, zero, one, zero, zero - torch.inf)
 
     def loss_function(method, policy, reference, *, beta, alpha, **options):
         D = (policy.features[0] - reference.features[0]).square().mean(-1)
@@ -132,7 +132,7 @@ def test_a_loss_and_an_encoder_of_ones_own(folder):
         return fpo.method_loss("dpo", policy, reference, beta=beta)[0] + D.chunk(2)[0], {}
 
     config = settings.parse_args(["--method", "fpo", *SHORT])
-    train.main(config, loss_function=loss_function, encoders=[States()])
+    train.main(config, loss_function=loss_function, encoders=[identity])
     assert seen[0][0] < 0 and seen[0][1] < 1e-8 < seen[-1][1]
 
 
@@ -220,6 +220,19 @@ def test_presets_are_table_5():
             assert (c.max_length, c.max_prompt_length, c.max_grad_norm) == (2048, 1024, 10.0)
             assert c.adam_beta2 == 0.999 and c.activation_checkpointing and c.feature_scale == "none"
     assert "gemma-scope-9b-pt-res" in c.sae
+
+
+@pytest.mark.parametrize(
+    ("size", "layers", "width", "rule"), [("1.7B", 28, "W32K", "adam"), ("8B", 36, "W64K", "rmsprop")]
+)
+def test_presets_of_qwen(size, layers, width, rule):
+    """Base models, the paper's data, Qwen's own SAE of 50 features at the last layer, D without unit."""
+    for method, data in (("sft", "ultrachat_200k:train_sft"), ("fpo", "ultrafeedback_binarized:train_prefs")):
+        c = settings.parse_args(["--preset", f"qwen3-{size.lower()}", "--method", method])
+        assert (c.model, c.dataset) == (f"Qwen/Qwen3-{size}-Base", f"HuggingFaceH4/{data}")
+        assert (c.optimizer, c.eval_kl) == (rule, rule == "adam")
+    assert (c.sae, c.sae_layer) == (f"Qwen/SAE-Res-Qwen3-{size}-Base-{width}-L0_50", [layers - 1])
+    assert (c.sae_width, c.sae_l0, c.feature_scale, c.alpha, c.beta) == ("auto", ["auto"], "rms", 1e4, 0.1)
 
 
 def test_help_shows_the_real_defaults(capsys):

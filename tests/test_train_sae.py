@@ -12,7 +12,7 @@ from batches import epoch_order
 from data import Pairs, load_pairs
 from experiments import train_sae
 from runtime import UserError
-from sae import JumpReLUSAE, SiteHook, load_sae
+from sae import SAE, SiteHook, load_sae
 
 ROWS = {"layout": "separate", "row_multiple": 1}
 
@@ -54,7 +54,7 @@ def test_a_constant_in_the_states_changes_biases_alone():
     other = train_sae.train_centred(h + constant, width=32, steps=30)
     for name in ("W_enc", "W_dec", "threshold"):
         assert torch.allclose(one[name], other[name], rtol=1e-3, atol=1e-3), name
-    first, second = JumpReLUSAE(**one), JumpReLUSAE(**other)
+    first, second = SAE(**one), SAE(**other)
     shifted = second.decode(second.encode(h + constant)) - constant
     assert torch.allclose(shifted, first.decode(first.encode(h)), atol=0.01)
 
