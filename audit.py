@@ -22,35 +22,26 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 def audit(policy: Policy, pairs, *, k=50, **rows) -> dict:
     """Compare this forward, as training runs it, with the model's own; every rank must call it.
 
-    It takes the longest pair and the shortest. What our masks, layouts, slices or softcap get wrong shows
-    here, before anything is trained, so no list of supported architectures is needed.
+    It takes the longest pair alone, and four others together, from the shortest on. What our masks, rows,
+    slices or softcap get wrong shows here, before anything is trained, so no list of supported architectures
+    is needed.
 
     Args:
         rows: layout and padding, as `collate` takes them.
     Returns:
-        difference: Σ |log π(y|x) − that of lm(input_ids).logits| / Σ |y| of a pair, nats, the larger of both.
+        difference: Σ |log π(y|x) − that of lm(input_ids).logits| / Σ |y| of a pair, nats, the largest of all.
         floor: D_FPO that rounding makes (`noise_floor`), below which D says nothing.
         window: the sliding window if a pair is longer than it, else None.
     Raises:
         UserError: the difference is above TOLERANCE, or a second run gives other values (dropout, jitter).
     """
-    device, sizes = policy.lm.device, pairs.row_lengths("separate")
-    longest, shortest = int(sizes.argmax()), int(sizes.argmin())
-    batch = collate(pairs, [longest, shortest], **rows).to(device)
-    policy.train()
-    ours, again = policy(batch)[0], policy(batch)[0]
-    policy.eval()
-    with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of flex_attention: not compiled, on purpose
-        alone = [collate(pairs, [i], layout="separate").to(device) for i in (longest, shortest)]
-        # Of FSDP2's shards the root's are whole since `ours`, the layers gather theirs.
-        theirs = torch.stack([policy.plain_logps(one) for one in alone], 1).flatten()
+    sizes = torch.tensor([max(lengths) for lengths in pairs.documents("separate")])  # (n,) with one response
+    by_length = sizes.argsort(stable=True)
+    quarters = by_length[torch.linspace(0, len(pairs) - 1, 5).long()].tolist()
+    several = list(dict.fromkeys(quarters[:-1]))  # in one row, or in rows that they share
+    found = [differences(policy, pairs, group, rows) for group in (quarters[-1:], several)]
+    repeat, difference = torch.stack(found).amax(0).tolist()
     kind, limit = type(policy.lm).__name__, TOLERANCE[policy.dtype]
-    theirs = F.pad(theirs, (0, len(ours.logps) - len(theirs)))  # SFT has no rejected ones
-    # Of a pair, as 8 tokens at least: in bf16 the rounding of a single logit is up to 0.1.
-    tokens = ours.lengths.view(2, -1).sum(0).clamp(min=8)
-    far = [((ours.logps - x).abs().view(2, -1).sum(0) / tokens).max() for x in (again.logps, theirs)]
-    repeat, difference = torch.stack(far).tolist()
     if not repeat <= limit / 10:
         raise UserError(f"{kind}: two runs of one batch differ by {repeat:.2g} nats a token (dropout?)")
     if not difference <= limit:
@@ -59,6 +50,24 @@ def audit(policy: Policy, pairs, *, k=50, **rows) -> dict:
     window = getattr(policy.lm.config.get_text_config(), "sliding_window", None)
     tested = window if window is not None and int(sizes.max()) > window else None
     return {"difference": difference, "floor": noise_floor(policy, pairs, k=k, **rows), "window": tested}
+
+
+def differences(policy: Policy, pairs, indices, rows) -> torch.Tensor:
+    """(2,) the most nats a token by which log π of these pairs differs: run again, and by the model's own."""
+    batch = collate(pairs, indices, **rows).to(policy.lm.device)
+    policy.train()
+    ours, again = policy(batch)[0], policy(batch)[0]
+    policy.eval()
+    with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of flex_attention: not compiled, on purpose
+        alone = [collate(pairs, [i], layout="separate").to(policy.lm.device) for i in indices]
+        # Of FSDP2's shards the root's are whole since `ours`, the layers gather theirs.
+        theirs = torch.stack([policy.plain_logps(one) for one in alone], 1).flatten()
+    theirs = F.pad(theirs, (0, len(ours.logps) - len(theirs)))  # SFT has no rejected ones
+    # Of a pair, as 8 tokens at least: in bf16 the rounding of a single logit is up to 0.1.
+    tokens = ours.lengths.view(2, -1).sum(0).clamp(min=8)
+    far = [((ours.logps - x).abs().view(2, -1).sum(0) / tokens).max() for x in (again.logps, theirs)]
+    return torch.stack(far)
 
 
 @torch.no_grad()
@@ -95,7 +104,7 @@ def audit_and_freeze(policy, pairs, config, rows) -> dict:
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
         refuse(f"{type(policy.lm).__name__}: our forward does not fit this architecture: {error!r:.200}")
     if config.shard != "fsdp":
-        policy(collate(pairs, [0], **rows).to(policy.lm.device))[0].logps.sum().backward()
+        policy(collate(pairs, [pairs.shortest], **rows).to(policy.lm.device))[0].logps.sum().backward()
         for parameter in policy.parameters():
             parameter.requires_grad_(parameter.grad is not None)
             parameter.grad = None

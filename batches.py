@@ -1,13 +1,17 @@
-"""Pairs -> batches of rows for the transformer, planned over steps and ranks, and made ahead of its work.
+"""Pairs -> batches of packed rows for the transformer, planned over steps and ranks, and made ahead.
 
     Batch    rows of tokens for the transformer; the response tokens, flat, for everything after it
+    plan     a step's pairs -> every rank's micro-batches, so that none computes padding or waits for another
 
-Two layouts of a batch give the same values up to rounding. "separate" has two rows per pair, [prompt |
-chosen] and [prompt | rejected]; "shared" has one, [prompt | chosen | rejected], in which the rejected
-response's positions restart at the prompt's end, and neither response sees the other: a query sees the keys
-with  k <= q,  doc[k] == doc[q]  and  segment[k] in {0, segment[q]}.
+A row holds documents, one after the other. Two layouts give the same values up to rounding: "separate" makes
+two documents of a pair, [prompt | chosen] and [prompt | rejected]; "shared" makes one, [prompt | chosen |
+rejected], in which the rejected response's positions restart at the prompt's end, and neither response sees
+the other. Positions start anew in each document, and a query sees the keys with
+
+    k <= q,  doc[k] == doc[q]  and  segment[k] in {0, segment[q]}.
 """
 
+import heapq
 import math
 import signal
 from typing import NamedTuple
@@ -22,87 +26,141 @@ from data import Pairs
 
 # ---------------------------------------------------------------------------- batches
 class Batch(NamedTuple):
-    """B pairs as R rows of L tokens, and their N response tokens, flat. All int64 but `weight`."""
+    """B pairs in R rows of L tokens, and their N response tokens, flat. Tensors are int64 but `weight`."""
 
     tokens: torch.Tensor  # (R, L)
-    positions: torch.Tensor  # (R, L) restart at the prompt's end for the rejected response
+    positions: torch.Tensor  # (R, L) from 0 in each document; the rejected response's from the prompt's end
     segment: torch.Tensor  # (R, L) 0 prompt, 1 chosen, 2 rejected, -1 padding
-    doc: torch.Tensor  # (R, L) the row's number, -1 padding
+    doc: torch.Tensor  # (R, L) the document's number in the batch, -1 padding
     state: torch.Tensor  # (N,) which of the R·L places predicts the token: the one before it
     target: torch.Tensor  # (N,) the token
     owner: torch.Tensor  # (N,) which of the 2·B responses it belongs to: B chosen, then B rejected; sorted
     lengths: torch.Tensor  # (2·B,) targets of each response (0 for SFT's rejected)
     index: torch.Tensor  # type: ignore[assignment]  # (B,) the pairs' places in the data set
     weight: torch.Tensor  # (B,) float32, 1; 0 for a padding pair, which only keeps a rank busy
+    reach: int  # positions of the longest sequence: a window of so many hides nothing
 
     def to(self, device) -> "Batch":
         """This batch on a device; from pinned memory without a wait."""
-        return Batch(*(x.to(device, non_blocking=True) for x in self))
+        return tree_map_only(torch.Tensor, lambda x: x.to(device, non_blocking=True), self)
+
+
+def lay_out(lengths, row_tokens=None, row_multiple=1) -> tuple[list[int], int, int]:
+    """Documents, given by their lengths, in R rows of L tokens: the place of each one's first token; R, L.
+
+    row_tokens: the fewest rows that are no longer than this, or than the longest document, and of about one
+        length: the longest document first, each into the row with most room. None: each document by itself.
+    row_multiple: L is a multiple of it.
+    """
+    order, most = sorted(range(len(lengths)), key=lambda d: -lengths[d]), max(row_tokens or 0, *lengths)
+    n = len(lengths) if row_tokens is None else math.ceil(sum(lengths) / most)
+    while True:
+        rows, heap = list[list[int]]([] for _ in range(n)), [(0, r) for r in range(n)]
+        for d in order:
+            filled, r = heap[0]
+            heapq.heapreplace(heap, (filled + lengths[d], r))
+            rows[r].append(d)
+        longest = max(heap)[0]
+        if longest <= most:  # at the latest where each document has a row
+            break
+        n += 1
+    L, start = math.ceil(longest / row_multiple) * row_multiple, [0] * len(lengths)
+    for r, row in enumerate(sorted(map(sorted, rows))):  # in the order given, as far as that can be
+        place = r * L
+        for d in row:
+            start[d], place = place, place + lengths[d]
+    return start, n, L
 
 
 def collate(
-    pairs, indices, *, layout="separate", row_multiple=1, pad_id=0, padding_pair=False, all_positions=False
-) -> Batch:
+    pairs, indices, *, layout="separate", row_tokens=None, row_multiple=1, pad_id=0, padding_pair=False,
+    all_positions=False,
+) -> Batch:  # fmt: skip
     """The Batch of B pairs, given by their places in the data set.
 
-    row_multiple: rows are padded to a multiple of it (flex_attention works in blocks of 128).
+    layout: of a pair, as in this file's head; row_tokens, row_multiple: of the rows, as `lay_out` takes them.
     padding_pair: these pairs carry weight 0.
-    all_positions: every token but a row's first is a target, always in separate rows (for the entropy).
+    all_positions: every token but a document's first is a target, in separate documents (for the entropy).
     """
-    indices, pieces, sizes = [int(i) for i in indices], [], []
+    indices, pieces, parts = [int(i) for i in indices], [], []
     B, shared = len(indices), layout == "shared" and not all_positions
-    # The pieces of each row, one after the other; SFT has no rejected response, and one row in any layout.
+    # The pieces of each document; SFT has no rejected response, and one document in any layout.
     for b, i in enumerate(indices):
         prompt, chosen, rejected = pairs[i]
         one = shared or not len(rejected)
         for y_w, y_l in [(chosen, rejected)] if one else [(chosen, prompt[:0]), (prompt[:0], rejected)]:
             pieces += [prompt, y_w, y_l]
-            sizes.append((len(prompt), len(y_w), len(y_l), b))
-    # Of each row, (R, 1): the tokens of prompt, chosen and rejected in it, and the pair's place in the batch.
-    P, W, J, pair = torch.tensor(sizes).T[..., None]
-    R, L = len(sizes), math.ceil(int((P + W + J).max()) / row_multiple) * row_multiple
-    row, place = torch.arange(R)[:, None], torch.arange(L)
-    there = place < P + W + J  # (R, L), as all below: False where a row is padding
-    # Row by row the places that are no padding take the tokens in their order.
-    tokens = torch.full((R, L), pad_id).masked_scatter(there, torch.cat(pieces))
-    segment = torch.where(place < P, 0, torch.where(place < P + W, 1, 2)).where(there, -1)
-    positions = torch.where(segment == 2, place - W, place).where(there, 0)
+            parts.append((len(prompt), len(y_w), len(y_l), b))
+    start, R, L = lay_out([sum(part[:3]) for part in parts], row_tokens, row_multiple)
+    # Of each of the T tokens, as all below: its document, its place therein and among all R·L.
+    size = torch.tensor(parts)[:, :3].sum(1)  # (D,)
+    doc = torch.arange(len(parts)).repeat_interleave(size)
+    t = torch.arange(len(doc)) - (size.cumsum(0) - size)[doc]
+    place = torch.tensor(start)[doc] + t
+    P, W, _, pair = torch.tensor(parts)[doc].T
+    segment = torch.where(t < P, 0, torch.where(t < P + W, 1, 2))
+    positions = torch.where(segment == 2, t - W, t)
     # Both first tokens of the responses are predicted by the prompt's last, all others by the one before.
-    before = torch.where((place == P) | (place == P + W), P, place) - 1
-    owner = torch.where((segment == 2) | (W == 0), B + pair, pair)  # a row without chosen is rejected's
+    before = place - t + torch.where((t == P) | (t == P + W), P, t) - 1
+    owner = torch.where((segment == 2) | (W == 0), B + pair, pair)  # without chosen it is rejected's
     learnt = torch.cat([pairs.read(i, "is_target") for i in indices]).bool()  # of the chosen responses
     is_target = (segment == 2).masked_scatter(segment == 1, learnt)
-    at = (there & (place > 0) if all_positions else is_target).flatten().nonzero()[:, 0]
-    at = at[owner.flatten()[at].argsort(stable=True)]  # (N,) the targets' places, by response
-    owner = owner.flatten()[at]  # (N,)
+    at = (positions > 0 if all_positions else is_target).nonzero()[:, 0]
+    at = at[owner[at].argsort(stable=True)]  # (N,) the targets among the T tokens, by response
+    tokens = torch.cat(pieces)
+
+    def in_rows(values, padding):
+        """(T,) values at their tokens' places (R, L)."""
+        return torch.full((R * L,), padding).index_put((place,), values).view(R, L)
+
     return Batch(
-        tokens, positions, segment, doc=row.where(there, -1), state=(row * L + before).flatten()[at],
-        target=tokens.flatten()[at], owner=owner, lengths=owner.bincount(minlength=2 * B),
+        in_rows(tokens, pad_id), in_rows(positions, 0), in_rows(segment, -1), in_rows(doc, -1), before[at],
+        target=tokens[at], owner=owner[at], lengths=owner[at].bincount(minlength=2 * B),
         index=torch.tensor(indices), weight=torch.full((B,), 0.0 if padding_pair else 1.0),
+        reach=int(positions.max()) + 1,
     )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------- steps
-def micro_batches(indices, row_lengths, ranks: int, *, max_pairs=0, max_tokens=0) -> list[list[int]]:
-    """Cut one global batch into micro-batches of similar lengths; micro-batch j goes to rank j % ranks.
+def padded_tokens(lengths, row_tokens=None, row_multiple=1, **_) -> int:
+    """R·L, the tokens of a forward with padding, of documents given by their lengths."""
+    _, R, L = lay_out(lengths, row_tokens, row_multiple)
+    return R * L
 
-    Their number is a multiple of `ranks`; where pairs are fewer than ranks, the last ones are empty.
-    row_lengths: (n,) tokens of each pair of the data set.
-    max_pairs, max_tokens: of a micro-batch, each pair counted as long as the longest; 0 for no limit. A pair
-    of more tokens goes alone.
+
+def plan(indices, documents, ranks: int, *, max_tokens=0, **rows) -> list[list[int]]:
+    """Cut one step's pairs into micro-batches of like lengths; micro-batch j goes to rank j % ranks.
+
+    The longest pair first, each to the rank with the fewest tokens so far: the ranks' sums are as equal as
+    the shortest pairs make them, and so are the micro-batches of a micro-step, for which FSDP's ranks wait.
+    Where it does not fit into that rank's micro-batch, every rank begins another: their number is a multiple
+    of `ranks`, and some may be empty.
+
+    Args:
+        documents: of each pair of the data set the lengths of its documents, as Pairs.documents gives them.
+        max_tokens: of a micro-batch, padding counted; 0 for no limit. A pair of more tokens goes alone.
+        rows: as `collate` takes them.
     """
-    rest = sorted((int(i) for i in indices), key=lambda i: (-int(row_lengths[i]), i))  # the longest first
-    # No more than an equal share of the pairs, so that no rank is idle.
-    cap, groups = min(max_pairs or len(rest), math.ceil(len(rest) / ranks)), list[list[int]]()
-    while rest:
-        fit = max(1, max_tokens // int(row_lengths[rest[0]])) if max_tokens else cap
-        groups.append(rest[: min(cap, fit)])
-        rest = rest[min(cap, fit) :]
-    while len(groups) % ranks:  # halve the largest until every rank has as many; half of one pair is empty
-        j = max(range(len(groups)), key=lambda j: len(groups[j]))
-        half = (len(groups[j]) + 1) // 2
-        groups[j : j + 1] = groups[j][:half], groups[j][half:]
-    return sorted(groups, key=lambda group: not group)
+    tokens = {int(i): sum(documents[int(i)]) for i in indices}
+    heap, micro_steps = [(0, r) for r in range(ranks)], list[list[list[int]]]()
+    for i in sorted(tokens, key=lambda i: (-tokens[i], i)):
+        total, r = heap[0]
+        heapq.heapreplace(heap, (total + tokens[i], r))
+        group = [*micro_steps[-1][r], i] if micro_steps else [i]
+        size = padded_tokens([n for j in group for n in documents[j]], **rows)
+        if not micro_steps or (len(group) > 1 and 0 < max_tokens < size):
+            micro_steps.append([[] for _ in range(ranks)])
+        micro_steps[-1][r].append(i)
+    return [group for micro_step in micro_steps for group in micro_step]
+
+
+def plan_for_one(pairs: Pairs, indices, *, max_tokens=0, **rows) -> list[list[int]]:
+    """Micro-batches of evaluation and Phase 1: as for one rank, so that any number of ranks makes the same.
+
+    max_tokens, rows: as `plan` takes them; but no limit means that of 16 pairs as long as the longest.
+    """
+    documents = pairs.documents(rows["layout"])
+    return plan(indices, documents, 1, **rows, max_tokens=max_tokens or 16 * max(map(sum, documents)))
 
 
 def epoch_order(n: int, epoch: int, seed: int) -> torch.Tensor:
@@ -124,7 +182,7 @@ LOADERS = {"cuda": 1, "cpu": 0}  # processes that make batches ahead
 def stream(pairs: Pairs, groups, *, device, lookup=None, **rows):
     """(Batch, the reference's statistics or None) of each micro-batch, on the device, made ahead of its work.
 
-    groups: lists of pair indices; an empty one becomes a padding pair of weight 0.
+    groups: lists of pair indices; an empty one becomes the shortest pair, of weight 0.
     lookup: a function of a batch's `index` that gives tensors, as a (named) tuple.
     rows: layout and padding, as `collate` takes them.
     """
@@ -136,7 +194,7 @@ def stream(pairs: Pairs, groups, *, device, lookup=None, **rows):
 
     def load(group):
         """A micro-batch, and what is looked up for it."""
-        batch = collate(pairs, group or [0], padding_pair=not group, **rows)
+        batch = collate(pairs, group or [pairs.shortest], padding_pair=not group, **rows)
         return batch, None if lookup is None else lookup(batch.index)
 
     workers = LOADERS.get(kind := torch.device(device).type, 0)

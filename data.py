@@ -1,14 +1,10 @@
-"""From text to tensors, the one path of training, reference pass and evaluation; helpers of files and ranks.
+"""From text to token ids, the one path of training, reference pass and evaluation.
+
+A data set goes through three forms:
 
     records   JSON lines, or any data set that Hugging Face's `datasets` reads
     Chat      messages -> token ids, exactly those that the tokenizer's chat template writes
     Pairs     token ids of prompt, chosen and rejected, memory-mapped
-    Batch     rows of tokens for the transformer; the response tokens, flat, for everything after it
-
-Two layouts of a batch give the same values up to rounding. "separate" has two rows per pair, [prompt |
-chosen] and [prompt | rejected]; "shared" has one, [prompt | chosen | rejected], in which the rejected
-response's positions restart at the prompt's end, and neither response sees the other: a query sees the keys
-with  k <= q,  doc[k] == doc[q]  and  segment[k] in {0, segment[q]}.
 """
 
 import contextlib
@@ -405,12 +401,16 @@ class Pairs:
         """The prompt as the template renders it for sampling, the answer opened."""
         return torch.cat([self[i][0], self.read(i, "opening")])
 
-    def row_lengths(self, layout: str, multiple: int = 1) -> torch.Tensor:
-        """(n,) tokens that a pair takes in rows padded to a `multiple`: in one row (shared), or in two."""
-        (prompt, chosen, rejected), shared = self.sizes.unbind(1), layout == "shared"
-        # The longest row of a pair, padded, times its rows: SFT has one.
-        row = prompt + (chosen + rejected if shared else torch.maximum(chosen, rejected))
-        return (row + multiple - 1) // multiple * multiple * torch.where(shared | (rejected == 0), 1, 2)
+    def documents(self, layout: str) -> list[list[int]]:
+        """Of each pair the tokens of its documents: of one (layout shared, or SFT), or of two (separate)."""
+        one = [[sum(sizes)] for sizes in self.sizes.tolist()]
+        two = [[p + w, p + l] if l else [p + w] for p, w, l in self.sizes.tolist()]
+        return one if layout == "shared" else two
+
+    @property
+    def shortest(self) -> int:
+        """The place of the pair with the fewest tokens: the cheapest one for a rank to be busy with."""
+        return int(self.sizes.sum(1).argmin())
 
     def largest_token(self) -> int:
         """The largest token id."""

@@ -22,8 +22,9 @@ and never the logits of all positions.
 from typing import NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention.flex_attention import create_block_mask
+from torch.nn.attention.flex_attention import BlockMask
 
 import losses
 from batches import Batch
@@ -54,38 +55,83 @@ def attention_mask(batch: Batch, config, dtype):
 
     Args:
         batch: rows of (R, L).
-        config: the text model's; its attention implementation is eager or flex_attention.
+        config: the text model's; its attention implementation is eager, sdpa or flex_attention.
     Returns:
-        eager: (R, 1, L, L) of `dtype`, which is added to the scores, so it is never boolean.
+        eager, sdpa: (R, 1, L, L) of `dtype`, which is added to the scores, so it is never boolean.
         flex_attention: a BlockMask. For models whose layers differ, a dict by layer type.
     """
-    doc, segment, position = batch.doc, batch.segment, batch.positions
-    R, L = doc.shape
-
-    def mask_of(window):
-        """The mask of layers with this sliding window, None: without one."""
-
-        def visible(r, head, q, k):
-            """Whether query q of row r sees key k."""
-            other = (segment[r, k] != 0) & (segment[r, k] != segment[r, q])
-            see = (k <= q) & (doc[r, k] == doc[r, q]) & ~other
-            return see if window is None else see & (position[r, q] - position[r, k] < window)
-
-        if config._attn_implementation == "flex_attention":
-            return create_block_mask(visible, R, None, L, L, device=doc.device)
-        row, index = (torch.arange(n, device=doc.device) for n in (R, L))
-        see = visible(row[:, None, None], 0, index[:, None], index)  # (R, L, L)
-        scores = torch.zeros(see.shape, dtype=dtype, device=doc.device)
-        return scores.masked_fill_(~see, torch.finfo(dtype).min)[:, None]
-
+    doc, segment, position = (x.int() for x in (batch.doc, batch.segment, batch.positions))
     window = getattr(config, "sliding_window", None)
-    if window is not None and window >= L:  # no two positions of a row are that far apart
+    if window is not None and window >= batch.reach:  # no two positions of a document are that far apart
         window = None
+
+    def visible(r, head, q, k):
+        """Whether query q of row r sees key k where there is no window."""
+        own = (segment[r, k] == 0) | (segment[r, k] == segment[r, q])
+        return (k <= q) & (doc[r, k] == doc[r, q]) & own
+
+    def near(r, head, q, k):
+        """Whether it sees it within the window."""
+        return visible(r, head, q, k) & (position[r, q] - position[r, k] < window)
+
+    if config._attn_implementation == "flex_attention":
+        masks = {seen: block_mask(batch, near if seen else visible, seen) for seen in {None, window}}
+    else:
+        masks = dense_masks(visible, position, window, dtype)
     layer_types = getattr(config, "layer_types", None)
     if layer_types is None:
-        return mask_of(window)
-    masks = {seen: mask_of(seen) for seen in {None, window}}
+        return masks[window]
     return {kind: masks[None if kind == "full_attention" else window] for kind in set(layer_types)}
+
+
+def dense_masks(visible, position, window, dtype):
+    """{None: mask, window: mask}, (R, 1, L, L) of `dtype`: 0 where a query sees a key, else its least."""
+    row, index = (torch.arange(n, device=position.device) for n in position.shape)
+    see = visible(row[:, None, None], 0, index[:, None], index)  # (R, L, L)
+    masks = {}
+    for seen in dict.fromkeys((None, window)):  # the whole mask first, from which the window takes some
+        if seen is not None:
+            see = see & (position[:, :, None] - position[:, None] < seen)
+        scores = torch.zeros(see.shape, dtype=dtype, device=position.device)
+        masks[seen] = scores.masked_fill_(~see, torch.finfo(dtype).min)[:, None]
+    return masks
+
+
+def block_mask(batch: Batch, visible, window=None) -> BlockMask:
+    """The BlockMask of `visible`, from where documents and responses begin: no (L, L) tensor is made.
+
+    What a query sees are at most two runs of places: in its own segment, up to itself; for a response also
+    in the prompt. How many of them fall into each block of keys is summed over each block of queries.
+    """
+    doc, segment, position = (x.int() for x in (batch.doc, batch.segment, batch.positions))
+    (R, L), size = doc.shape, 128
+    place = torch.arange(L, dtype=torch.int32, device=doc.device).expand(R, L)
+
+    def begins(new):
+        """(R, L) the last place up to each one where `new` (R, L - 1), of all but the first, is true."""
+        return F.pad(torch.where(new, place[:, 1:], 0), (1, 0)).cummax(1).values
+
+    of_doc, of_segment = doc.diff() != 0, segment.diff() != 0
+    start, own = begins(of_doc), begins(of_doc | of_segment)  # (R, L) of the document, of the segment
+    prompt_end = begins(~of_doc & of_segment & (segment[:, :-1] == 0))
+    first = own, torch.where(segment > 0, start, prompt_end)  # the first place of both runs
+    last = place, prompt_end - 1
+    counts = torch.zeros(R, L, L // size, dtype=torch.int32, device=doc.device)
+    block = torch.arange(0, L, size, dtype=torch.int32, device=doc.device)
+    for a, z in zip(first, last, strict=True):
+        if window is not None:  # positions count from the run's first, which may be too far back
+            a = a + (position - position.gather(1, a.long()) - window + 1).clamp(min=0)
+        inside = torch.minimum(z[..., None] + 1, block + size) - torch.maximum(a[..., None], block)
+        counts += inside.clamp(min=0)
+    counts = counts.view(R, 1, L // size, size, L // size).sum(3)  # (R, 1, blocks of queries, blocks of keys)
+    some, whole = (counts > 0) & (counts < size**2), counts == size**2
+    (n, blocks), (n_whole, whole_blocks) = (
+        (there.sum(-1, dtype=torch.int32), there.int().argsort(-1, descending=True, stable=True).int())
+        for there in (some, whole)
+    )  # how many blocks each block of queries sees in part and wholly; and all blocks, those first
+    return BlockMask.from_kv_blocks(
+        n, blocks, n_whole, whole_blocks, BLOCK_SIZE=size, mask_mod=visible, seq_lengths=(L, L)
+    )
 
 
 # ---------------------------------------------------------------------------- one forward for everything

@@ -95,17 +95,22 @@ def load_data(flag_name, config, tokenizer):
     return pairs
 
 
+# How long rows are, as collate takes it. On CUDA a forward is one row, since attention skips what no query
+# sees; on the CPU attention costs the square of a row, and rows are as short as the longest pair.
+ROWS = {"cuda": {"row_tokens": 16384, "row_multiple": 128}, "cpu": {"row_tokens": 128, "row_multiple": 1}}
+
+
 def choose_layout(config, tokenizer, pairs, device) -> dict:
     """How rows are laid out, as collate takes it.
 
-    auto: on CUDA (flex_attention) the prompt is always shared; eager attention costs the square of a row, so
-    there it pays only where the prompt is at least as long as a response.
+    auto: on CUDA (flex_attention) the prompt is always shared; the CPU's attention costs the square of a row,
+    so there it pays only where the prompt is at least as long as a response.
     """
     prompt, chosen, rejected = pairs.sizes.double().mean(0).tolist()
     pays = device.type == "cuda" or (prompt >= max(chosen, rejected) and rejected > 0)
     layout = config.layout if config.layout != "auto" else "shared" if pays else "separate"
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    return {"layout": layout, "row_multiple": 128 if device.type == "cuda" else 1, "pad_id": pad}
+    return {"layout": layout, "pad_id": pad, **ROWS[device.type]}
 
 
 def load_policy(name, config, device, saes, sites, frozen=False):

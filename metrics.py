@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from batches import micro_batches, stream
+from batches import plan_for_one, stream
 from fpo import distances
 from losses import PER_TOKEN
 from runtime import ranks
@@ -21,15 +21,15 @@ def score_pairs(
     Args:
         lookup: ReferenceCache.lookup of these pairs, or None.
         top: also each response's so many largest pooled features (of the first SAE), in order.
-        max_tokens, rows: micro-batches, as `micro_batches` and `collate` take them.
+        max_tokens, rows: micro-batches, as `plan_for_one` and `collate` take them.
     Returns:
         {name: (n,) float64}, names ending in _chosen and _rejected. Always: logps, lengths, entropy (summed,
         nats). With a reference: ratio = log π/π_ref, and mse where there are SAEs. With a held one also kl.
         With `top`: activations_policy, activations_reference (n, top).
     """
     rank, world = ranks()
-    lengths = pairs.row_lengths(rows["layout"], rows.get("row_multiple", 1))
-    groups = micro_batches(range(len(pairs)), lengths, world, max_pairs=16, max_tokens=max_tokens)
+    groups = plan_for_one(pairs, range(len(pairs)), max_tokens=max_tokens, **rows)
+    groups += [[] for _ in range(-len(groups) % world)]  # as many for each rank
     was_training, table, mine = policy.training, dict[str, torch.Tensor](), groups[rank::world]
     policy.eval()
     batches = stream(pairs, mine, device=policy.lm.device, lookup=lookup, **rows)

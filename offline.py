@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import data
 import runtime
-from batches import lockstep, micro_batches, stream
+from batches import lockstep, plan_for_one, stream
 from fpo import Policy, Statistics
 from runtime import UserError
 
@@ -65,7 +65,7 @@ def reference_identity(policy: Policy, pairs: data.Pairs, *, weights: str, arith
     config = {
         name: config[name] for name in sorted(config) if name[0] != "_" and name not in IGNORED_CONFIG_KEYS
     }
-    identity = {"version": 5, "tokens": pairs.digest(), "weights": weights, "config": config}
+    identity = {"version": 6, "tokens": pairs.digest(), "weights": weights, "config": config}
     identity["saes"] = [sae_identity(*pair) for pair in zip(policy.saes, policy.sites, strict=True)]
     identity |= {"dtype": str(policy.lm.dtype), "attention": policy.lm.config._attn_implementation}
     return identity | arithmetic
@@ -82,7 +82,7 @@ def build_reference(policy: Policy, pairs: data.Pairs, cache_dir, identity, *, m
     Args:
         policy: a Policy whose lm is the reference.
         identity: see `reference_identity`; its digest names the cache's folder.
-        max_tokens, rows: the micro-batches, as `micro_batches` and `collate` take them.
+        max_tokens, rows: the micro-batches, as `plan_for_one` and `collate` take them.
     Returns:
         ReferenceCache.
     """
@@ -135,11 +135,10 @@ def _missing(shards, device) -> list[int]:
 
 def _shard_batches(pairs, shards, max_tokens, rows):
     """Micro-batches of some shards, one shard's after the other's; and which of them ends which shard."""
-    lengths = pairs.row_lengths(rows["layout"], rows.get("row_multiple", 1))
     groups, ends = [], {}
     for shard in shards:
         members = range(shard * SHARD, min(len(pairs), (shard + 1) * SHARD))
-        groups += micro_batches(members, lengths, 1, max_pairs=16, max_tokens=max_tokens)
+        groups += plan_for_one(pairs, members, max_tokens=max_tokens, **rows)
         ends[len(groups) - 1] = shard
     return groups, ends
 

@@ -33,7 +33,7 @@ import offline
 import runtime
 import scale
 from audit import audit_and_freeze
-from batches import collate, epoch_order, micro_batches, stream
+from batches import collate, epoch_order, plan, stream
 from checkpoint import (
     MAY_CHANGE_ON_RESUME,
     StopSignal,
@@ -61,17 +61,17 @@ def learning_rate(step: int, steps: int, config) -> float:
 
 def plan_steps(config, pairs, rows, world: int) -> list[list[list[int]]]:
     """For every step its micro-batches, this and the other ranks'; one epoch after another."""
-    lengths = pairs.row_lengths(rows["layout"], rows["row_multiple"])
+    documents = pairs.documents(rows["layout"])
     per_epoch = math.ceil(len(pairs) / config.batch_size)
     steps = config.steps if config.steps is not None else config.epochs * per_epoch
-    plan = []
+    planned = []
     for step in range(steps):
         if step % per_epoch == 0:
             order = epoch_order(len(pairs), step // per_epoch, config.seed)
         start = step % per_epoch * config.batch_size
         batch = order[start : start + config.batch_size]
-        plan.append(micro_batches(batch, lengths, world, max_tokens=config.micro_batch_tokens))
-    return plan
+        planned.append(plan(batch, documents, world, max_tokens=config.micro_batch_tokens, **rows))
+    return planned
 
 
 def step_sums(batch, loss, values, statistics) -> dict[str, torch.Tensor]:
@@ -241,7 +241,7 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
         return {name: (above.sum() / below.sum()).item() for name, (above, below) in columns}
 
     # ---- Phase 2: the loop, from the start or from where it was left
-    plan = plan_steps(config, pairs, rows, world)
+    steps = plan_steps(config, pairs, rows, world)
     ddp = dist.is_initialized() and config.shard != "fsdp"
     model = DistributedDataParallel(policy, gradient_as_bucket_view=True) if ddp else policy
     parameters = [p for p in policy.parameters() if p.requires_grad]
@@ -272,24 +272,24 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
     if ddp:
         # DDP orders its buckets at its second forward. One throw-away forward and backward at every start
         # makes the order, and so the sums, of a resumed run those of an uninterrupted one.
-        model(collate(pairs, [0], **rows).to(device))[0].logps.sum().backward()
+        model(collate(pairs, [pairs.shortest], **rows).to(device))[0].logps.sum().backward()
         optimizer.zero_grad()
-    mine = [groups[rank::world] for groups in plan[start:]]  # per step this rank's micro-batches
+    mine = [groups[rank::world] for groups in steps[start:]]  # per step this rank's micro-batches
     lookup = cache and cache.lookup
     batches = stream(pairs, [g for groups in mine for g in groups], device=device, lookup=lookup, **rows)
     settings = {name: getattr(config, name) for name in ("beta", "alpha", "gamma", "k", "stop_gradient")}
-    bar = tqdm(total=len(plan), initial=start, desc=config.method, unit=" steps", disable=rank > 0)
+    bar = tqdm(total=len(steps), initial=start, desc=config.method, unit=" steps", disable=rank > 0)
     metrics_file = open(out / "metrics.jsonl" if rank == 0 else os.devnull, "a")  # noqa: SIM115
     writer, stop, stopping = start_tracker(config, start), StopSignal(), 0.0
     started = time.perf_counter()
     for step, groups in enumerate(mine, start):
         # ---- learning rate
-        lr = learning_rate(step, len(plan), config)
+        lr = learning_rate(step, len(steps), config)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
         # ---- micro-steps: gradients of the mean loss over the pairs of the global batch
-        n_pairs = sum(len(g) for g in plan[step])
+        n_pairs = sum(len(g) for g in steps[step])
         sums: dict[str, torch.Tensor] = {}
         tokens = torch.zeros((), device=device)
         for micro in range(len(groups)):
@@ -318,7 +318,7 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
 
         # ---- clip and update; every rank sees the same sums, and decides the same
         if not (math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"])):
-            among = sorted(i for group in plan[step] for i in group)
+            among = sorted(i for group in steps[step] for i in group)
             raise UserError(f"step {step + 1}: loss or gradient is not finite; it is among pairs {among}")
         if 0 < config.max_grad_norm < line["grad_norm"]:
             scale.scale_gradients_(parameters, config.max_grad_norm / (line["grad_norm"] + 1e-6))
@@ -335,7 +335,7 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
             floor = (found["floor"] or 0.0) / (sum(units) / len(units) if units else 1)
             if step == 9 and rank == 0 and (text := advice(line, config, floor)):
                 tqdm.write(f"step 10: {text}")
-        ends = stopping or step + 1 == len(plan)
+        ends = stopping or step + 1 == len(steps)
         if config.eval_every and (step + 1) % config.eval_every == 0 and not ends:
             line |= {f"eval_{name}": value for name, value in scores().items()}
         with runtime.writing(metrics_file.name, keep=True):
@@ -355,13 +355,13 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
     bar.close()
     metrics_file.close()
     stop.restore()
-    if stopping and step + 1 < len(plan):
+    if stopping and step + 1 < len(steps):
         say(f"stopped by a signal after step {step + 1}; go on with --resume")
     else:
         # ---- what came out: the model first, so that no evaluation can lose it
         save_model(policy, tokenizer, config)
         after = scores()
-        draw(writer, len(plan), {f"eval_{name}": value for name, value in after.items()})
+        draw(writer, len(steps), {f"eval_{name}": value for name, value in after.items()})
         if rank == 0:
             runtime.write_json(out / "scores.json", {"before": before, "after": after})
             print(f"\n{'held-out':<30}{'before':>10}{'after':>10}")

@@ -35,7 +35,7 @@ import losses
 import offline
 import runtime
 import scale
-from batches import collate, micro_batches
+from batches import collate, plan_for_one
 from experiments import count
 from experiments.plan import GEMMA_2, parameters_of
 from runtime import refuse
@@ -303,7 +303,7 @@ def reference_pass(args):
     n = args.pairs * (32 if CUDA else 4)
     steps, pairs = make_steps(args, policies), make_pairs(args, n)
     identity = offline.reference_identity(policies["fpo"], pairs, weights="", arithmetic={})
-    groups = micro_batches(range(n), pairs.row_lengths(args.rows["layout"]), 1, max_pairs=16)
+    groups = plan_for_one(pairs, range(n), **args.rows)
 
     @torch.no_grad()
     def bare_forward():

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import data
 import runtime
-from batches import epoch_order, micro_batches, stream
+from batches import epoch_order, plan_for_one, stream
 from fpo import attention_mask
 from loading import choose_layout, load_lm
 from runtime import refuse
@@ -44,8 +44,7 @@ def read_states(lm, hook, pairs, indices, rows, max_tokens=4096):
 
     rows: layout and padding, as `loading.choose_layout` gives them.
     """
-    lengths, states = pairs.row_lengths(rows["layout"], rows["row_multiple"]), []
-    groups = micro_batches(indices, lengths, 1, max_tokens=max_tokens)
+    groups, states = plan_for_one(pairs, indices, max_tokens=max_tokens, **rows), []
     batches = stream(pairs, groups, device=lm.device, **rows)
     for batch, _ in tqdm(batches, "states", len(groups)):
         mask = attention_mask(batch, lm.config.get_text_config(), lm.dtype)

@@ -1,4 +1,4 @@
-"""data.py: tokens against `apply_chat_template`, every kind of record, cuts and batches by hand, any input.
+"""data.py: tokens against `apply_chat_template`, every kind of record, cuts by hand, any input.
 
 The tokenizers are made here: small vocabularies, and chat templates written anew in the manner of families
 in use. What is expected comes from the template's own rendering, never from data.py.
@@ -26,7 +26,6 @@ from transformers import Gemma2Config, PreTrainedTokenizerFast
 import batches
 import data
 import runtime
-from batches import collate, epoch_order, micro_batches
 from data import Chat, Pairs, load_pairs
 from runtime import UserError
 
@@ -827,146 +826,6 @@ def test_digest_is_of_tokens_targets_and_sizes():
     assert len({digest, *(Pairs(other).digest() for other in others)}) == 1 + len(others)
     pairs = Pairs(parts.slice(0, 1))
     assert pairs.digest() == Pairs(ROWS[:1]).digest() and pairs.largest_token() == 20
-
-
-def test_row_lengths_are_those_of_padded_rows():
-    pairs = Pairs([([2, 5, 6], [10, 11], [20, 21, 22]), ([2, 7], [30], [40, 41]), ([2, 7], [30], [])])
-    assert pairs.row_lengths("shared").tolist() == [8, 5, 3]
-    assert pairs.row_lengths("separate").tolist() == [2 * 6, 2 * 4, 3]
-    for layout, lengths in (("shared", [8, 8, 4]), ("separate", [2 * 8, 2 * 4, 4])):
-        alone = [collate(pairs, [i], layout=layout, row_multiple=4).tokens.numel() for i in range(3)]
-        assert pairs.row_lengths(layout, 4).tolist() == alone == lengths
-
-
-# ---------------------------------------------------------------- batches
-PAIRS = Pairs([([2, 5, 6], [10, 11], [20, 21, 22]), ([2, 7], [30], [40, 41])])
-SHARED = {  # pairs 1 and 0: the responses are 0 and 1 (chosen), 2 and 3 (rejected)
-    "tokens": [[2, 7, 30, 40, 41, 9, 9, 9], [2, 5, 6, 10, 11, 20, 21, 22]],
-    "positions": [[0, 1, 2, 2, 3, 0, 0, 0], [0, 1, 2, 3, 4, 3, 4, 5]],
-    "segment": [[0, 0, 1, 2, 2, -1, -1, -1], [0, 0, 0, 1, 1, 2, 2, 2]],
-    "doc": [[0, 0, 0, 0, 0, -1, -1, -1], [1] * 8],
-    "state": [1, 8 + 2, 8 + 3, 1, 3, 8 + 2, 8 + 5, 8 + 6],
-    "target": [30, 10, 11, 40, 41, 20, 21, 22], "owner": [0, 1, 1, 2, 2, 3, 3, 3], "lengths": [1, 2, 2, 3],
-    "index": [1, 0], "weight": [1, 1],
-}  # fmt: skip
-SEPARATE = SHARED | {
-    "tokens": [[2, 7, 30, 9, 9, 9], [2, 7, 40, 41, 9, 9], [2, 5, 6, 10, 11, 9], [2, 5, 6, 20, 21, 22]],
-    "positions": [[0, 1, 2, 0, 0, 0], [0, 1, 2, 3, 0, 0], [0, 1, 2, 3, 4, 0], [0, 1, 2, 3, 4, 5]],
-    "segment": [[0, 0, 1, -1, -1, -1], [0, 0, 2, 2, -1, -1], [0, 0, 0, 1, 1, -1], [0, 0, 0, 2, 2, 2]],
-    "doc": [[0, 0, 0, -1, -1, -1], [1, 1, 1, 1, -1, -1], [2, 2, 2, 2, 2, -1], [3] * 6],
-    "state": [1, 12 + 2, 12 + 3, 6 + 1, 6 + 2, 18 + 2, 18 + 3, 18 + 4],
-}
-ALL = SEPARATE | {  # every token but a row's first is a target of its row's response
-    "state": [0, 1, 12, 13, 14, 15, 6, 7, 8, 18, 19, 20, 21, 22],
-    "target": [7, 30, 5, 6, 10, 11, 7, 40, 41, 5, 6, 20, 21, 22],
-    "owner": [0, 0, 1, 1, 1, 1, 2, 2, 2, 3, 3, 3, 3, 3], "lengths": [2, 4, 3, 5],
-}  # fmt: skip
-BY_HAND = [  # how the pairs are laid out, the batch
-    ({"layout": "shared", "row_multiple": 4}, SHARED),
-    ({"layout": "separate", "padding_pair": True}, SEPARATE | {"weight": [0, 0]}),
-    ({"layout": "shared", "all_positions": True}, ALL),
-    ({"layout": "separate", "all_positions": True}, ALL),
-]
-
-
-@pytest.mark.parametrize("how, expected", BY_HAND)
-def test_batches_by_hand(how, expected):
-    batch = collate(PAIRS, torch.tensor(expected["index"]), pad_id=9, **how)
-    assert {name: values.tolist() for name, values in batch._asdict().items()} == expected
-    assert {values.dtype for values in batch[:-1]} == {torch.int64} and batch.weight.dtype == torch.float32
-
-
-TOKENS = st.lists(st.integers(3, 99), min_size=1, max_size=6)
-
-
-@given(rows=st.lists(st.tuples(TOKENS, TOKENS, TOKENS | st.just([])), min_size=1, max_size=5), data=st.data(),
-       layout=st.sampled_from(["shared", "separate"]), row_multiple=st.integers(1, 8))  # fmt: skip
-@settings(max_examples=150, deadline=None)
-def test_every_response_token_once_and_what_its_state_sees(rows, data, layout, row_multiple):
-    """What a state sees, by the mask in data.py's head, is prompt and response up to the token, exactly."""
-    # In SFT, which has no rejected response, some tokens are no targets.
-    marks = [st.integers(int(z != []), 1) for _, _, z in rows]
-    masks = [[data.draw(mark) for _ in y] for (_, y, _), mark in zip(rows, marks, strict=True)]
-    pairs = Pairs([(*row, mask) for row, mask in zip(rows, masks, strict=True)])
-    indices = data.draw(st.lists(st.integers(0, len(rows) - 1), min_size=1, max_size=5))
-    batch = collate(pairs, indices, layout=layout, row_multiple=row_multiple)
-    expected = []  # (owner, target, the tokens before it)
-    for side in (1, 2):
-        for b, i in enumerate(indices):
-            x, y, mask = rows[i][0], rows[i][side], masks[i] if side == 1 else [True] * len(rows[i][2])
-            expected += [(b + (side - 1) * len(indices), y[t], x + y[:t]) for t in range(len(y)) if mask[t]]
-    L, got = batch.tokens.shape[1], []
-    assert L % row_multiple == 0
-    for owner, target, state in torch.stack([batch.owner, batch.target, batch.state], 1).tolist():
-        r, q = divmod(state, L)
-        seen = batch.doc[r, : q + 1] == batch.doc[r, q]
-        seen &= (batch.segment[r, : q + 1] == 0) | (batch.segment[r, : q + 1] == batch.segment[r, q])
-        assert batch.segment[r, q] in (0, 1 + (owner >= len(indices)))
-        assert batch.positions[r, : q + 1][seen].tolist() == list(range(int(seen.sum())))
-        got.append((owner, target, batch.tokens[r, : q + 1][seen].tolist()))
-    assert got == expected and batch.index.tolist() == indices
-    assert batch.lengths.tolist() == [sum(row[0] == n for row in expected) for n in range(2 * len(indices))]
-    assert torch.equal(batch.doc >= 0, batch.segment >= 0) and not batch.tokens[batch.segment < 0].any()
-
-
-def test_stream_gives_batches_and_what_is_looked_up():
-    from fpo import Statistics
-
-    def lookup(index):
-        return Statistics(index.double(), features=(index[:, None],))
-
-    options = {"device": "cpu", "lookup": lookup, "layout": "shared"}
-    (first, reference), (empty, other) = batches.stream(PAIRS, [[1, 0], []], **options)
-    assert first.index.tolist() == [1, 0] and first.weight.tolist() == [1, 1] and first.doc.max() == 1
-    assert isinstance(reference, Statistics) and reference.features[0].tolist() == [[1], [0]]
-    assert empty.weight.tolist() == [0] and other.logps.tolist() == [0]  # keeps a rank busy
-    assert [reference for _, reference in batches.stream(PAIRS, [[0]], device="cpu")] == [None]
-
-
-# ---------------------------------------------------------------- steps
-SIZES = torch.tensor([5, 9, 2, 9, 7, 3])
-
-
-@pytest.mark.parametrize(
-    "ranks, limits, expected",
-    [
-        (1, {}, [[1, 3, 4, 0, 5, 2]]),  # the longest first
-        (1, {"max_pairs": 2}, [[1, 3], [4, 0], [5, 2]]),
-        (1, {"max_tokens": 18}, [[1, 3], [4, 0], [5, 2]]),  # 2 · 9, 2 · 7 (3 · 7 is too many), 2 · 3
-        (1, {"max_tokens": 8}, [[1], [3], [4], [0], [5, 2]]),  # a longer pair goes alone
-        (2, {}, [[1, 3, 4], [0, 5, 2]]),
-        (2, {"max_pairs": 2}, [[1], [3], [4, 0], [5, 2]]),  # three would leave a rank idle
-        (4, {}, [[1], [3], [4, 0], [5, 2]]),
-        (7, {}, [[1], [3], [4], [0], [5], [2], []]),
-    ],
-)
-def test_micro_batches_by_hand(ranks, limits, expected):
-    assert micro_batches(torch.arange(6), SIZES, ranks, **limits) == expected
-
-
-@given(
-    sizes=st.lists(st.integers(1, 50), min_size=1, max_size=40), ranks=st.integers(1, 5), data=st.data(),
-    max_pairs=st.integers(0, 6), max_tokens=st.integers(0, 200),
-)  # fmt: skip
-@settings(max_examples=200, deadline=None)
-def test_micro_batches(sizes, ranks, data, max_pairs, max_tokens):
-    indices = data.draw(st.lists(st.sampled_from(range(len(sizes))), unique=True, min_size=1))
-    limits = {"max_pairs": max_pairs, "max_tokens": max_tokens}
-    groups = micro_batches(torch.tensor(indices), torch.tensor(sizes), ranks, **limits)
-    assert len(groups) % ranks == 0 and sorted(groups, key=bool, reverse=True) == groups  # empty ones last
-    # Each pair once, neighbours in length together.
-    order = [i for group in groups for i in group]
-    assert order == sorted(indices, key=lambda i: (-sizes[i], i))
-    for group in filter(None, groups):
-        assert not max_pairs or len(group) <= max_pairs
-        assert not max_tokens or len(group) == 1 or len(group) * sizes[group[0]] <= max_tokens
-    assert all(groups) or max(map(len, groups)) == 1
-
-
-def test_epoch_order():
-    orders = [tuple(epoch_order(50, epoch, seed).tolist()) for epoch in range(3) for seed in range(3)]
-    assert len(set(orders)) == 9 and all(sorted(order) == list(range(50)) for order in orders)
-    assert tuple(epoch_order(50, 2, 1).tolist()) == orders[7]  # its arguments alone count
 
 
 # ---------------------------------------------------------------- files and ranks

@@ -8,6 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import V, build, identity_of, make_lm, make_pairs, make_sae, nudge, plain, run_plainly
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import create_block_mask
 from transformers import Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, Qwen2ForCausalLM
 
 import audit
@@ -50,12 +53,14 @@ LAYOUTS = [
     {"layout": "separate", "row_multiple": 16, "pad_id": 5},
     {"layout": "shared"},
     {"layout": "shared", "row_multiple": 64},
+    {"layout": "separate", "row_tokens": 0},  # several documents to a row
+    {"layout": "shared", "row_tokens": 1000, "row_multiple": 64},  # all in one
 ]
 
 
 # Llama and Qwen2: one mask for all layers, no softcap.
 MODELS = [*((Gemma2ForCausalLM, rows) for rows in LAYOUTS), (LlamaForCausalLM, LAYOUTS[2])]
-MODELS += [(Qwen2ForCausalLM, LAYOUTS[2])]
+MODELS += [(Qwen2ForCausalLM, LAYOUTS[4])]
 
 
 @pytest.mark.parametrize("kind, rows", MODELS, ids=lambda x: getattr(x, "__name__", str(x)))
@@ -76,7 +81,7 @@ def test_forward_is_the_written_maths(kind, rows, saes):
 
 
 @pytest.mark.parametrize("method", losses.METHODS)
-@pytest.mark.parametrize("rows", LAYOUTS[1:4:2], ids=str)
+@pytest.mark.parametrize("rows", LAYOUTS[1::2], ids=str)
 def test_loss_and_gradient_are_those_of_plain_logits(lm, reference, saes, method, rows):
     """Loss and every weight's gradient, against losses.py on transformers' own logits."""
     pairs, B = make_pairs(4, seed=3), 4
@@ -137,17 +142,49 @@ def test_step_zero_is_the_reference(reference, saes, tmp_path):
                 assert (above.sum() / below.sum()).item() == 0.5, name
 
 
-def test_flex_mask_is_the_eager_mask(lm):
-    """The BlockMask of flex_attention, made dense, shows what the additive mask shows."""
-    batch = collate(make_pairs(3), range(3), layout="shared", row_multiple=128)
-    eager = fpo.attention_mask(batch, lm.config, torch.float32)
-    config = copy.deepcopy(lm.config)
+@given(
+    seed=st.integers(0, 99), n=st.integers(2, 5), longest=st.integers(4, 30), window=st.integers(1, 20),
+    layout=st.sampled_from(["shared", "separate"]), row_tokens=st.integers(0, 200),
+)  # fmt: skip
+@settings(max_examples=25, deadline=None)
+def test_packed_rows_are_single_pairs(seed, n, longest, window, layout, row_tokens):
+    """Values and D of pairs of any lengths in shared rows are those of each response alone, unpadded."""
+    pairs, saes = make_pairs(n, seed, longest), [make_sae(0)]
+    reference = make_lm(sliding_window=window)
+    lm = nudge(reference)
+    batch = collate(pairs, range(n), layout=layout, row_tokens=row_tokens)
+    with torch.no_grad():
+        expected = plain(lm, reference, saes, LAYERS[:1], pairs)
+        policy = fpo.Policy(lm, saes, [(LAYERS[0], "res")])
+        policy.hold_reference(fpo.Policy(reference, saes, [(LAYERS[0], "res")]))
+        got, ref = policy(batch, entropy=True)
+    far = losses.feature_mse(got.features[0], ref.features[0], k=5)
+    plain_far = losses.feature_mse(expected["features0"], expected["ref_features0"], k=5)
+    torch.testing.assert_close(far, plain_far, atol=1e-5, rtol=1e-4)
+    for name in ("logps", "kl", "entropy", "lengths"):
+        torch.testing.assert_close(getattr(got, name), expected[name], atol=5e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("window", [9, 150, 1000])
+@pytest.mark.parametrize("row_tokens", [None, 400, 16384])
+@pytest.mark.parametrize("layout", ["shared", "separate"])
+def test_flex_mask_is_the_eager_mask(lm, layout, row_tokens, window):
+    """The BlockMask shows what the additive mask shows, and lists the blocks that torch itself finds."""
+    pairs = make_pairs(6, longest=200)
+    batch = collate(pairs, range(6), layout=layout, row_multiple=128, row_tokens=row_tokens)
+    config, (R, L) = copy.deepcopy(lm.config), batch.tokens.shape
+    config.sliding_window = window
+    eager = fpo.attention_mask(batch, config, torch.float32)
     config._attn_implementation = "flex_attention"
     flex = fpo.attention_mask(batch, config, torch.float32)
-    R, L = batch.tokens.shape
+    assert (eager["full_attention"] != eager["sliding_attention"]).any() == (window < batch.reach)
+    r, q, k = torch.meshgrid(torch.arange(R), torch.arange(L), torch.arange(L), indexing="ij")
     for kind, block in flex.items():
-        r, q, k = torch.meshgrid(torch.arange(R), torch.arange(L), torch.arange(L), indexing="ij")
         assert torch.equal(block.mask_mod(r, 0, q, k), eager[kind][:, 0] == 0), kind
+        searched = create_block_mask(block.mask_mod, R, None, L, L, device="cpu")
+        assert block.shape == searched.shape and block.BLOCK_SIZE == searched.BLOCK_SIZE
+        for mine, theirs in zip(block.as_tuple()[2:10], searched.as_tuple()[2:10], strict=True):
+            assert torch.equal(mine, theirs), kind
 
 
 # ---- the cache
