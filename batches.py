@@ -124,7 +124,7 @@ def collate(
 # ---------------------------------------------------------------------------- steps
 def padded_tokens(lengths, row_tokens=None, row_multiple=1, **_) -> int:
     """R·L, the tokens of a forward with padding, of documents given by their lengths."""
-    _, R, L = lay_out(lengths, row_tokens, row_multiple)
+    R, L = lay_out(lengths, row_tokens, row_multiple)[1:]
     return R * L
 
 

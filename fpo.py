@@ -64,6 +64,7 @@ def attention_mask(batch: Batch, config, dtype):
     window = getattr(config, "sliding_window", None)
     if window is not None and window >= batch.reach:  # no two positions of a document are that far apart
         window = None
+    width = window or 0  # for layers that have one
 
     def visible(r, head, q, k):
         """Whether query q of row r sees key k where there is no window."""
@@ -72,7 +73,7 @@ def attention_mask(batch: Batch, config, dtype):
 
     def near(r, head, q, k):
         """Whether it sees it within the window."""
-        return visible(r, head, q, k) & (position[r, q] - position[r, k] < window)
+        return visible(r, head, q, k) & (position[r, q] - position[r, k] < width)
 
     if config._attn_implementation == "flex_attention":
         masks = {seen: block_mask(batch, near if seen else visible, seen) for seen in {None, window}}
@@ -126,7 +127,7 @@ def block_mask(batch: Batch, visible, window=None) -> BlockMask:
     counts = counts.view(R, 1, L // size, size, L // size).sum(3)  # (R, 1, blocks of queries, blocks of keys)
     some, whole = (counts > 0) & (counts < size**2), counts == size**2
     (n, blocks), (n_whole, whole_blocks) = (
-        (there.sum(-1, dtype=torch.int32), there.int().argsort(-1, descending=True, stable=True).int())
+        (there.sum(-1, dtype=torch.int32), there.int().argsort(dim=-1, descending=True, stable=True).int())
         for there in (some, whole)
     )  # how many blocks each block of queries sees in part and wholly; and all blocks, those first
     return BlockMask.from_kv_blocks(
