@@ -144,7 +144,7 @@ class Policy(nn.Module):
     are neither trained nor saved.
 
     Args:
-        lm: a Hugging Face decoder with `model.layers`; eager or flex_attention.
+        lm: a Hugging Face decoder with `model.layers`; eager, sdpa or flex_attention.
         saes: SAEs, or objects with their `W_enc`, `b_enc`, `threshold`, `k`, `d` and `m`, on lm's device.
         sites: (layer, site) of each.
         fused: as scale.token_statistics takes it.
@@ -152,8 +152,8 @@ class Policy(nn.Module):
 
     def __init__(self, lm, saes=(), sites=(), fused=None):
         super().__init__()
-        if (attention := lm.config._attn_implementation) not in ("eager", "flex_attention"):
-            raise UserError(f"attention {attention!r}: eager or flex_attention is needed")
+        if (attention := lm.config._attn_implementation) not in ("eager", "sdpa", "flex_attention"):
+            raise UserError(f"attention {attention!r}: eager, sdpa or flex_attention is needed")
         kinds = set(getattr(lm.config.get_text_config(), "layer_types", None) or ())
         if odd := kinds - {"full_attention", "sliding_attention"}:
             raise UserError(f"{type(lm).__name__}: layers of {odd}; only attention is understood")

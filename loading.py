@@ -37,12 +37,14 @@ def load_config(name: str):
 
 
 def load_lm(name: str, device, *, dtype=torch.float32, move=True):
-    """A causal LM from a Hugging Face directory or hub repo. Attention: eager on the CPU, flex on CUDA.
+    """A causal LM from a Hugging Face directory or hub repo.
+
+    Attention: flex_attention on CUDA. On the CPU transformers' own choice: sdpa, or eager where a model says
+    that it can't have sdpa, which knows no softcap of the scores (Gemma-2).
 
     move: put it on the device; FSDP2 takes it from the CPU instead, layer by layer.
     """
-    # Never sdpa: it drops Gemma-2's softcap (huggingface/transformers#32865).
-    attention = "flex_attention" if torch.device(device).type == "cuda" else "eager"
+    attention = "flex_attention" if torch.device(device).type == "cuda" else None
     options = {"config": load_config(name), "dtype": dtype, "attn_implementation": attention}
     with runtime.hub_errors("model", name):
         lm = AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, **options)

@@ -29,10 +29,10 @@ def make_lm(seed=0, kind=Gemma2ForCausalLM, **changes):
     """A random model; a Gemma-2's sliding window (9) is shorter than most rows."""
     torch.manual_seed(seed)
     gemma = {"query_pre_attn_scalar": 8, "sliding_window": 9} if kind is Gemma2ForCausalLM else {}
-    changes = gemma | changes
+    changes = {"attn_implementation": "eager"} | gemma | changes
     config = kind.config_class(
         vocab_size=V, hidden_size=D, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, attn_implementation="eager", **changes,
+        num_key_value_heads=2, head_dim=8, **changes,
     )  # fmt: skip
     lm = kind(config)
     with torch.no_grad():  # wider than the default: softcaps bite, distributions differ
