@@ -202,14 +202,14 @@ class _PooledFeatures(torch.autograd.Function):
     @staticmethod
     def forward(ctx, states, W_enc, b_enc, threshold, k, mean, chunk, rounded):
         """(responses, m), features averaged by the weights `mean` (responses, N)."""
-        pooled = torch.zeros(len(mean), W_enc.shape[1], dtype=W_enc.dtype, device=states.device)
-        kept = []
+        kept, m = [], W_enc.shape[1]
+        pooled = torch.zeros(len(mean), m, dtype=W_enc.dtype, device=states.device)
         for i in range(0, len(states), chunk):
             with tf32(rounded):
                 z = torch.addmm(b_enc, states[i : i + chunk].to(W_enc.dtype), W_enc)  # (chunk, m)
             active = active_features(z, threshold, k)
-            c = torch.where(as_mask(active, z.shape[1]), z, 0.0)  # (chunk, m), as SAE.encode
-            pooled.addmm_(mean[:, i : i + chunk], c)  # (responses, m)
+            # (responses, m), of features c (chunk, m) as in SAE.encode, which no name keeps
+            pooled.addmm_(mean[:, i : i + chunk], torch.where(as_mask(active, m), z, 0.0))
             if ctx.needs_input_grad[0]:
                 kept.append(active)
         ctx.save_for_backward(W_enc, mean, *kept)
@@ -230,8 +230,8 @@ class _PooledFeatures(torch.autograd.Function):
         for i, active in zip(range(0, len(d_states), ctx.chunk), kept, strict=True):
             d_c = mean[:, i : i + ctx.chunk].T @ g  # (chunk, columns)
             with tf32(ctx.rounded):
-                d_z = torch.where(as_mask(active, m)[:, columns], d_c, 0.0)
-                d_states[i : i + ctx.chunk] = d_z @ W_enc.T
+                here = as_mask(active, m)[:, columns]
+                d_states[i : i + ctx.chunk] = torch.where(here, d_c, 0.0) @ W_enc.T
         return d_states, *(None,) * 7
 
 

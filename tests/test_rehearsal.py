@@ -1,4 +1,4 @@
-"""The README's Gemma commands, word for word, in a folder where the hub's names are small local copies.
+"""The README's Gemma commands, and those for Qwen3, word for word, where the hub's names are local copies.
 
 transformers, datasets and our SAE loader take a local folder OWNER/NAME for the hub's repo of that name. So
 the commands run as a user types them, on a Gemma-2 of as many layers but 16 wide, Gemma Scope's layout with
@@ -25,7 +25,14 @@ import pytest
 import torch
 from conftest import ROOT, lines_of
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 import toy
 from sae import SiteHook
@@ -273,3 +280,69 @@ def test_signal_and_resume(tmp_path):
     assert done < 40 and (run / f"state/step_{done:08d}/state.json").exists()
     readme("fpo", "gemma-2-2b", tmp_path, 2, " --epochs 20 --resume")
     assert [line["step"] for line in lines_of(run)] == [*range(1, 41)]
+
+
+# ---------------------------------------------------------------------------- Qwen3, with Qwen's own SAEs
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def make_qwen_hub(folder, size, layers, features):
+    """What the commands of a Qwen3 preset read: the data, the base model, the SAE of its last layer."""
+    for name, make, splits in (
+        ("ultrachat_200k", conversation, ("train_sft", "test_sft")),
+        ("ultrafeedback_binarized", preference, ("train_prefs", "test_prefs")),
+    ):
+        write_data(folder / "HuggingFaceH4" / name, make, dict(zip(splits, (40, 12), strict=True)), None)
+    tokenizer = toy.make_tokenizer([" ".join([*WORDS, *(f" {word}" for word in WORDS)]), " no"])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = CHATML
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=32, num_hidden_layers=layers,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8, initializer_range=0.1,
+        tie_word_embeddings=size == "1.7B",
+    )  # fmt: skip
+    for part in (Qwen3ForCausalLM(config), tokenizer):
+        part.save_pretrained(folder / f"Qwen/Qwen3-{size}-Base")
+    # Qwen-Scope's files: no layer but the last may be read.
+    saes = folder / f"Qwen/SAE-Res-Qwen3-{size}-Base-W{features // 1024}K-L0_50"
+    saes.mkdir(parents=True)
+    W_enc = torch.randn(features, WIDTH)
+    arrays = {"W_enc": W_enc, "b_enc": torch.zeros(features), "b_dec": torch.zeros(WIDTH)}
+    torch.save(arrays | {"W_dec": W_enc.T / WIDTH}, saes / f"layer{layers - 1}.sae.pt")
+    for layer in range(layers - 1):
+        (saes / f"layer{layer}.sae.pt").write_bytes(b"another SAE")
+    for script in ROOT.glob("*.py"):
+        (folder / script.name).symlink_to(script)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size, layers, features", [("1.7B", 28, 32768), ("8B", 36, 65536)])
+def test_qwen3(tmp_path, size, layers, features):
+    """SFT from the base model, FPO from what it left, with the 50 largest features of the last layer."""
+    make_qwen_hub(tmp_path, size, layers, features)
+    preset = f"qwen3-{size.lower()}"
+    page = (ROOT / "docs/saes.md").read_text()
+    commands = [line.split(" #")[0].strip() for line in re.findall(rf"^.*--preset {preset}\b.*$", page, re.M)]
+    sft, fpo = (command.replace("--nproc_per_node 4 ", "--nproc_per_node 2 ") for command in commands)
+    said = end(begin(sft, tmp_path))
+    assert f"starting from Qwen/Qwen3-{size}-Base" in said and "audit passed" in said
+    said = end(begin(fpo, tmp_path))
+    assert f"SAE: layer {layers - 1}, res, {features} features" in said and "audit passed" in said
+    run = tmp_path / f"runs/{preset}/fpo"
+    assert json.loads((run / "config.json").read_text())["sae_layer"] == [layers - 1]
+    first, last = lines_of(run)
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6) and abs(first["mse_rejected"]) < 1e-7
+    assert last["grad_norm"] > 0 and last["lr"] == pytest.approx(5e-7)  # a tenth of two steps is no warm-up
+    scores = json.loads((run / "scores.json").read_text())
+    assert ("kl_rejected" in scores["after"]) == (size == "1.7B") and scores["after"]["mse_rejected"] >= 0
+    assert AutoModelForCausalLM.from_pretrained(run / "model").config.num_hidden_layers == layers
+    (command,) = re.findall(r"^python eval_diversity\.py .*$", said, re.M)
+    end(begin(f"{command} --samples 2 --prompts 3 --max_new_tokens 8 --json scores.json", tmp_path))
+    found = json.loads((tmp_path / "scores.json").read_text())
+    for name, value in scores["after"].items():
+        if not name.startswith("reward_accuracy"):
+            assert found[name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
