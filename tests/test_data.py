@@ -854,9 +854,11 @@ def test_a_folder_is_held_by_one_process(tmp_path, capsys):
     assert other.stdout.readline() == "1\n"
     with pytest.raises(UserError, match="another process writes there"):
         runtime.lock_folder(tmp_path)
-    threading.Timer(0.3, other.communicate, ["\n"]).start()
-    with runtime.lock_folder(tmp_path, wait=True):
-        assert other.wait(10) == 0 and "another process works there; waiting" in capsys.readouterr().out
+    released = []
+    threading.Timer(0.3, lambda: released.append(True) or other.communicate("\n")).start()
+    with runtime.lock_folder(tmp_path, wait=True) as lock:
+        assert released and lock.is_locked and other.wait(10) == 0
+        assert "another process works there; waiting" in capsys.readouterr().out
 
 
 def test_outputs_are_tried_before_the_work(tmp_path):
