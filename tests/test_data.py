@@ -852,8 +852,10 @@ def test_a_folder_is_held_by_one_process(tmp_path, capsys):
     words = [sys.executable, "-c", HOLDER, tmp_path / "lock"]
     other = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "1\n"
+    (watchdog := threading.Timer(20, other.kill)).start()  # who waits here would wait for ever
     with pytest.raises(UserError, match="another process writes there"):
         runtime.lock_folder(tmp_path)
+    watchdog.cancel()
     released = []
     threading.Timer(0.3, lambda: released.append(True) or other.communicate("\n")).start()
     with runtime.lock_folder(tmp_path, wait=True) as lock:
