@@ -95,19 +95,38 @@ def noise_floor(policy: Policy, pairs, *, k=50, n=8, **rows) -> float | None:
     return feature_distance(again, features, k=k).mean().item()
 
 
+def freeze(policy, pairs, rows):
+    """Freeze what gets no gradient. Activations are as in training: made again, where checkpointing is on."""
+    policy.train()
+    policy(collate(pairs, [pairs.shortest], **rows).to(policy.lm.device))[0].logps.sum().backward()
+    policy.eval()
+    for parameter in policy.parameters():
+        parameter.requires_grad_(parameter.grad is not None)
+        parameter.grad = None
+
+
+def out_of_memory(error, pairs, config) -> str:
+    """What does not fit, and which settings take less memory."""
+    less = [] if config.activation_checkpointing else ["--activation_checkpointing"]
+    less += [] if config.shard == "fsdp" else ["--shard fsdp with several cards"]
+    longest = int(pairs.sizes.sum(1).max())
+    less += [f"--max_length below {config.max_length}"]
+    what = f"the model and its longest pair, {longest} tokens, do not fit ({error!s:.150})"
+    return f"{what}; less is needed by {', '.join(less)}"
+
+
 def audit_and_freeze(policy, pairs, config, rows) -> dict:
     """`audit`, printed; then freeze parameters that get no gradient (a vision tower), as DDP needs."""
     try:
         found = audit(policy, pairs, k=config.k, **rows)
+        if config.shard != "fsdp":
+            freeze(policy, pairs, rows)
+    except torch.OutOfMemoryError as error:
+        refuse(out_of_memory(error, pairs, config))
     except torch._dynamo.exc.TorchDynamoException as error:
         refuse(f"torch.compile fails ({str(error).splitlines()[0]}); --no_compile trains without it")
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
         refuse(f"{type(policy.lm).__name__}: our forward does not fit this architecture: {error!r:.200}")
-    if config.shard != "fsdp":
-        policy(collate(pairs, [pairs.shortest], **rows).to(policy.lm.device))[0].logps.sum().backward()
-        for parameter in policy.parameters():
-            parameter.requires_grad_(parameter.grad is not None)
-            parameter.grad = None
     if runtime.ranks()[0] == 0:
         says = [f"audit passed: {found['difference']:.1g} nats a token from the model's own forward"]
         says += [

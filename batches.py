@@ -13,7 +13,7 @@ the other. Positions start anew in each document, and a query sees the keys with
 
 import heapq
 import math
-import signal
+import os
 from typing import NamedTuple
 
 import torch
@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader
 
 from data import Pairs
+from runtime import UserError
 
 
 # ---------------------------------------------------------------------------- batches
@@ -187,20 +188,24 @@ def stream(pairs: Pairs, groups, *, device, lookup=None, **rows):
     rows: layout and padding, as `collate` takes them.
     """
 
-    def ignore_signals(_):
-        """torchrun signals a rank's whole group, and the rank itself ends its loader."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)
+    def leave_group(_):
+        """Of processes: torchrun signals a rank's whole group, and the rank itself ends its loader."""
+        os.setpgrp()
 
     def load(group):
-        """A micro-batch, and what is looked up for it."""
-        batch = collate(pairs, group or [pairs.shortest], padding_pair=not group, **rows)
-        return batch, None if lookup is None else lookup(batch.index)
+        """A micro-batch, and what is looked up for it; or the error, for the rank to raise as it is."""
+        try:
+            batch = collate(pairs, group or [pairs.shortest], padding_pair=not group, **rows)
+            return batch, None if lookup is None else lookup(batch.index)
+        except UserError as error:
+            return error
 
     workers = LOADERS.get(kind := torch.device(device).type, 0)
     loader = DataLoader(
         groups, batch_size=None, collate_fn=load, pin_memory=kind == "cuda", num_workers=workers,
-        worker_init_fn=ignore_signals, multiprocessing_context="fork" if workers else None,
+        worker_init_fn=leave_group, multiprocessing_context="fork" if workers else None,
     )  # fmt: skip
     for made in loader:  # (Batch, statistics), from pinned memory without a wait
+        if isinstance(made, UserError):
+            raise made
         yield tree_map_only(torch.Tensor, lambda x: x.to(device, non_blocking=True), made)

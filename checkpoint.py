@@ -103,7 +103,7 @@ def load_state(out, policy, optimizer):
                 tensor.copy_(file.get_tensor(name))
     except (OSError, SafetensorError, StopIteration, RuntimeError) as error:
         text = f"--resume {folder}: not a whole state of this model: {error}"
-        raise UserError(text, everywhere=False) from None
+        raise UserError(text) from None
 
 
 def cut_metrics(path, step: int):

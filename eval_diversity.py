@@ -306,7 +306,7 @@ def main(settings: Settings | None = None):
         policy.hold_reference(fpo.Policy(reference, saes, sites))
 
     # ---- scores
-    rows = loading.choose_layout(config, tokenizer, pairs, device)
+    rows = loading.choose_layout(config, pairs, device)
     rows |= {"max_tokens": config.micro_batch_tokens, "progress": main_rank}
     scores = evaluate(policy, tokenizer, pairs, settings, samples=settings.samples, **rows)
     if training is not None:

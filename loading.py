@@ -1,5 +1,6 @@
 """What a run stands on, from names: models, SAEs, pairs, and the Policy as training runs it."""
 
+import gc
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ import offline
 import runtime
 import scale
 from runtime import UserError, refuse
-from sae import load_sae
+from sae import decoder_layers, load_sae
 
 
 def torch_dtype(config, device) -> torch.dtype:
@@ -102,7 +103,7 @@ def load_data(flag_name, config, tokenizer):
 ROWS = {"cuda": {"row_tokens": 16384, "row_multiple": 128}, "cpu": {"row_tokens": 128, "row_multiple": 1}}
 
 
-def choose_layout(config, tokenizer, pairs, device) -> dict:
+def choose_layout(config, pairs, device) -> dict:
     """How rows are laid out, as collate takes it.
 
     auto: on CUDA (flex_attention) the prompt is always shared; the CPU's attention costs the square of a row,
@@ -111,24 +112,23 @@ def choose_layout(config, tokenizer, pairs, device) -> dict:
     prompt, chosen, rejected = pairs.sizes.double().mean(0).tolist()
     pays = device.type == "cuda" or (prompt >= max(chosen, rejected) and rejected > 0)
     layout = config.layout if config.layout != "auto" else "shared" if pays else "separate"
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    return {"layout": layout, "pad_id": pad, **ROWS[device.type]}
+    return {"layout": layout, **ROWS[device.type]}
 
 
-def load_policy(name, config, device, saes, sites, frozen=False):
-    """A Policy as training runs it, or the `frozen` reference beside it, and the digest of its weights."""
+def load_policy(name, config, device, saes, sites, *, frozen=False, hashed=True):
+    """A Policy as training runs it, or the `frozen` reference beside it; if `hashed`, its weights' digest."""
     fsdp, dtype = config.shard == "fsdp", torch_dtype(config, device)
     lm = load_lm(name, device, dtype=torch.float32 if fsdp and not frozen else dtype, move=not fsdp)
-    digest = offline.digest(lm.state_dict())
+    digest = offline.digest(lm.state_dict()) if hashed else None
     if config.activation_checkpointing and not frozen:
         lm.activation_checkpointing_enable({"use_reentrant": False})
     policy = fpo.Policy(lm, saes, sites, fused=None if config.compile else False)
     compile_layers(lm, config, device, sites)  # after the hooks
     if fsdp and frozen:
-        scale.shard_layers(lm, dtype=dtype, device=device)
+        scale.shard_layers(decoder_layers(lm), dtype=dtype, device=device)
         lm.to(device)  # what is not in a layer: the embedding, the final norm
     elif fsdp:
-        scale.shard_policy(policy, dtype=dtype, device=device)
+        scale.shard_policy(policy, decoder_layers(lm), dtype=dtype, device=device)
     return policy, digest
 
 
@@ -137,9 +137,18 @@ def compile_layers(lm, config, device, sites):
     if config.compile and device.type == "cuda":
         torch._dynamo.config.optimize_ddp = False  # it would split layers without checkpointing
         hooked_inside = [layer for layer, site in sites if site != "res"]
-        for number, layer in enumerate(lm.model.layers):
+        for number, layer in enumerate(decoder_layers(lm)):
             if number not in hooked_inside:
                 layer.compile()
+
+
+def release():
+    """Give back the weights of models that no name holds any more, now and not at some later time.
+
+    A layer that was compiled by itself holds what it was compiled to, and that holds the layer: such a cycle
+    lies on the card until Python's collector comes by, 5 GB for each evaluation of Gemma-2-2B.
+    """
+    gc.collect()
 
 
 def make_toy_world(config):

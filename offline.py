@@ -100,18 +100,16 @@ def build_reference(policy: Policy, pairs: data.Pairs, cache_dir, identity, *, m
         missing = _missing(shards, device)
         groups, ends = _shard_batches(pairs, missing[rank::world], max_tokens, rows)
         groups = lockstep(groups, device)
-        was_training, parts, waiting = policy.training, list[tuple](), list[tuple]()
+        was_training, parts = policy.training, list[tuple]()
         policy.eval()
         batches = stream(pairs, groups, device=device, **rows)
         quiet = rank > 0 or not groups
         with torch.no_grad():
             for i, (batch, _) in enumerate(tqdm(batches, "reference (Phase 1)", len(groups), disable=quiet)):
-                # The results of a batch come to the host while the next one computes.
-                waiting.append((i, batch.index, bool(groups[i]), *_to_host(policy(batch)[0])))
-                if len(waiting) > 1:
-                    _collect(waiting.pop(0), parts, ends, shards)
-            for last in waiting:
-                _collect(last, parts, ends, shards)
+                parts += _to_parts(groups[i], policy(batch)[0])
+                if i in ends:
+                    _write_shard(shards[ends[i]], parts)
+                    parts.clear()
         policy.train(was_training)
         runtime.barrier()
     return ReferenceCache(folder)
@@ -143,33 +141,15 @@ def _shard_batches(pairs, shards, max_tokens, rows):
     return groups, ends
 
 
-def _to_host(statistics):
-    """Statistics on their way to pinned memory, and the event of their arrival (None: they are here)."""
-    tensors = [statistics.logps, *statistics.features, *statistics.norms]
-    if not tensors[0].is_cuda:
-        return tensors, None
-    pinned = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in tensors]
-    there = [host.copy_(t, non_blocking=True) for host, t in zip(pinned, tensors, strict=True)]
-    event = torch.cuda.Event()
-    event.record()
-    return there, event
-
-
-def _collect(arriving, parts, ends, shards):
-    """Keep a batch's statistics, sparse, in `parts`; write the shard that it ends."""
-    i, index, real, tensors, event = arriving
-    if event is not None:
-        event.synchronize()
-    logps, *rest = tensors
-    features, norms = rest[: len(rest) // 2], rest[len(rest) // 2 :]
-    if real:  # a padding pair is nobody's
-        for b, pair in enumerate(index.tolist()):
-            rows = [b, b + len(index)]  # chosen, rejected
-            vectors = [[(c[r].nonzero()[:, 0].int(), c[r][c[r] != 0]) for r in rows] for c in features]
-            parts.append((pair, logps[rows], vectors, [norm[rows] for norm in norms]))
-    if i in ends:
-        _write_shard(shards[ends[i]], parts)
-        parts.clear()
+def _to_parts(group, statistics):
+    """What is stored of each pair of a micro-batch, on the host, sparse. Of an empty one, whose padding pair
+    keeps a rank busy, nothing is."""
+    logps = statistics.logps.cpu()  # (2B,)
+    features, norms = ([x.cpu() for x in per_sae] for per_sae in (statistics.features, statistics.norms))
+    for b, pair in enumerate(group):
+        rows = [b, b + len(group)]  # chosen, rejected
+        vectors = [[(c[r].nonzero()[:, 0].int(), c[r][c[r] != 0]) for r in rows] for c in features]
+        yield pair, logps[rows], vectors, [norm[rows] for norm in norms]
 
 
 def _write_shard(path, parts):

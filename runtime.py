@@ -20,11 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 # ---------------------------------------------------------------------------- errors
 class UserError(ValueError):
-    """What the user can mend: a wrong value, file, record or disk. `everywhere`: every rank raises it."""
-
-    def __init__(self, message: str, everywhere: bool = True):
-        super().__init__(message)
-        self.everywhere = everywhere
+    """What the user can mend: a wrong value, file, record or disk."""
 
 
 def refuse(message):
@@ -33,13 +29,15 @@ def refuse(message):
 
 
 def run_script(main):
-    """Run a script's main(). A UserError ends it with one line on stderr and status 2: no traceback."""
+    """Run a script's main(). A UserError ends it with one line on stderr and status 2: no traceback.
+
+    Every rank says its own, with its number: none can know whether another one fails too.
+    """
     try:
         main()
     except UserError as error:
-        rank = int(os.environ.get("RANK", 0))  # of torchrun: the processes may not have joined yet
-        if rank == 0 or not error.everywhere:
-            tqdm.write(f"error (rank {rank}): {error}" if rank else f"error: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK")  # of torchrun: the processes may not have joined yet
+        tqdm.write(f"error: {error}" if rank is None else f"error (rank {rank}): {error}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -97,7 +95,7 @@ def writing(path, keep: bool = False):
         with contextlib.suppress(OSError):
             if not keep:
                 shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
-        raise UserError(f"{path}: {error}", everywhere=False) from error
+        raise UserError(f"{path}: {error}") from error
 
 
 def write_text(path, text: str):
@@ -125,7 +123,7 @@ def lock_folder(folder, wait: bool = False):
     with contextlib.suppress(Timeout):
         return lock.acquire(timeout=0)  # the system takes it back from a process that dies
     if not wait:
-        raise UserError(f"{folder}: another process writes there; end it, or go elsewhere", everywhere=False)
+        raise UserError(f"{folder}: another process writes there; end it, or go elsewhere")
     print(f"{folder}: another process works there; waiting for it", flush=True)
     return lock.acquire()
 

@@ -352,11 +352,17 @@ def _saelens_place(hook: str) -> tuple[int, str]:
 
 
 # ---------------------------------------------------------------------------- where it reads
+
+
+def decoder_layers(model) -> nn.ModuleList:
+    """The blocks of a Hugging Face causal LM (Llama, Qwen, Gemma), or of one with images its text model's."""
+    return getattr(model.model, "language_model", model.model).layers
+
+
 class SiteHook(AbstractContextManager):
     """Captures, at each forward of `model`, what an SAE of `layer` (from 0) and `site` reads (see `MODULES`).
 
-    `model`: a Hugging Face causal LM with its blocks in `model.model.layers` (Llama, Qwen, Gemma) or in
-    `model.model.language_model.layers` (Gemma 3 with images).
+    `model`: a Hugging Face causal LM, its blocks where `decoder_layers` finds them.
     `value`: what the latest forward left, (batch, length, d), with its gradient; None before the first.
     `enabled`: False lets forwards pass by. Activation checkpointing runs a block again during backward, and
     the sites `mlp` and `att` lie inside it: set it False before backward, or `value` may be overwritten.
@@ -371,11 +377,12 @@ class SiteHook(AbstractContextManager):
     def __init__(self, model, layer: int, site: str = "res"):
         if site not in MODULES:
             raise ValueError(f"unknown site {site!r}: it is one of {', '.join(MODULES)}")
-        place = f"layers.{layer}.{MODULES[site]}".removesuffix(".")  # as in "layers.25.self_attn.o_proj"
+        place = f"{layer}.{MODULES[site]}".removesuffix(".")  # as in "25.self_attn.o_proj"
         try:
-            module = getattr(model.model, "language_model", model.model).get_submodule(place)
+            module = decoder_layers(model).get_submodule(place)
         except AttributeError:
-            raise ValueError(f"no site {site!r}: {type(model).__name__} has no model.{place}") from None
+            what = f"{type(model).__name__} has no model.layers.{place}"
+            raise ValueError(f"no site {site!r}: {what}") from None
         self.site, self.enabled = site, True
         self.value: Tensor | None = None
         self.d = module.in_features if site == "att" else model.config.get_text_config().hidden_size

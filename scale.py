@@ -412,20 +412,20 @@ def scale_gradients_(parameters, factor: float):
 
 
 # ---------------------------------------------------------------------------- FSDP2
-def shard_layers(lm, *, dtype=torch.bfloat16, device=None):
-    """Shard each of `lm.model.layers` over the ranks; a layer is whole, in `dtype`, only while it computes.
+def shard_layers(layers, *, dtype=torch.bfloat16, device="cpu"):
+    """Shard each of a model's layers over the ranks; a layer is whole, in `dtype`, only while it computes.
 
-    From the CPU they go to `device` (None: the model's) one by one. Of a held reference (TDPO) that is all:
-    load it in `dtype`, and move the rest, its embedding, yourself. Returns the root's `fully_shard` options.
+    From the CPU they go to `device` one by one. Of a held reference (TDPO) that is all: load it in `dtype`,
+    and move the rest, its embedding, yourself. Returns the root's `fully_shard` options.
     """
-    mesh = init_device_mesh(torch.device(device or lm.device).type, (dist.get_world_size(),))
+    mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
     precision = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
-    for layer in lm.model.layers:  # a layer without a root over it would stay whole after its forward
+    for layer in layers:  # a layer without a root over it would stay whole after its forward
         fully_shard(layer, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
     return {"mesh": mesh, "mp_policy": precision}
 
 
-def shard_policy(policy, *, dtype=torch.bfloat16, device=None):
+def shard_policy(policy, layers, *, dtype=torch.bfloat16, device="cpu"):
     """Shard a Policy over the ranks in place, FSDP2: each layer, then what is left (the embedding) as root.
 
     The order: activation checkpointing, Policy with its hooks, this, the optimizer. The shards are the
@@ -434,10 +434,9 @@ def shard_policy(policy, *, dtype=torch.bfloat16, device=None):
     no_grad call `policy.reshard()`. Every rank must call forward equally often. ValueError for other weights
     than float32.
     """
-    lm = policy.lm
-    if odd := {p.dtype for p in lm.parameters()} - {torch.float32}:
+    if odd := {p.dtype for p in policy.parameters()} - {torch.float32}:
         raise ValueError(f"{odd} weights: the shards are the masters, so they must be float32")
-    options = shard_layers(lm, dtype=dtype, device=device)
+    options = shard_layers(layers, dtype=dtype, device=device)
     fully_shard(policy, **options)
     policy.dtype = dtype
 

@@ -43,7 +43,16 @@ from checkpoint import (
     save_state,
     saved_states,
 )
-from loading import choose_layout, load_config, load_data, load_policy, load_saes, make_toy_world, torch_dtype
+from loading import (
+    choose_layout,
+    load_config,
+    load_data,
+    load_policy,
+    load_saes,
+    make_toy_world,
+    release,
+    torch_dtype,
+)
 from runtime import UserError
 from settings import Config, parse_args
 
@@ -148,8 +157,10 @@ def save_model(policy, tokenizer, config, *, weights=True):
     known = [lm.config.get_text_config().eos_token_id, lm.generation_config.eos_token_id]
     known += [tokenizer.eos_token_id, data.Chat(tokenizer).end]
     ends = {end for some in known for end in (some if isinstance(some, list) else [some])} - {None}
+    pad = tokenizer.pad_token_id  # an added one may be beyond the vocabulary, and break what samples with it
+    pad = pad if pad is None or pad < lm.config.get_text_config().vocab_size else min(ends)
     lm.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=sorted(ends), pad_token_id=tokenizer.pad_token_id
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=sorted(ends), pad_token_id=pad
     )
     with runtime.writing(aside):
         if not weights:
@@ -191,7 +202,7 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
     load_config(config.model)  # where no model is, nothing else is asked
     tokenizer = data.load_tokenizer(config.model)
     pairs, held_out = (load_data(name, config, tokenizer) for name in ("dataset", "eval_dataset"))
-    rows = choose_layout(config, tokenizer, pairs, device)  # how a batch is laid out
+    rows = choose_layout(config, pairs, device)  # how a batch is laid out
     budget = {"max_tokens": config.micro_batch_tokens, **rows}
     loading = config, device, encoders or saes, sites
     policy, digest = load_policy(config.model, *loading)
@@ -214,11 +225,14 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
             caches.append(offline.build_reference(reference, part, config.cache_dir, identity, **budget))
         cache, held_out_cache = caches
         del reference
+        release()
         say(f"reference: {cache.folder}, {cache.size() / len(pairs) / 1e3:.1f} kB a pair")
         if config.feature_scale == "rms":
             units = cache.units(pairs.sizes[:, 1:])
     if config.method in losses.NEEDED:
-        reference, digest = load_policy(config.reference, *loading, frozen=True)
+        other = config.reference != config.model  # else its weights are hashed already
+        reference, its_digest = load_policy(config.reference, *loading, frozen=True, hashed=other)
+        digest = its_digest or digest
         policy.hold_reference(reference)
     if config.shard == "fsdp":  # a forward without gradients leaves the root's weights whole
         policy.reshard()
@@ -227,12 +241,13 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
         """Held-out scores; where the KL is wanted, the reference is loaded for it alone."""
         lent = config.eval_kl and config.method not in (*losses.NEEDED, "sft")
         if lent:
-            policy.hold_reference(load_policy(config.reference, *loading, frozen=True)[0])
+            policy.hold_reference(load_policy(config.reference, *loading, frozen=True, hashed=False)[0])
         lookup = held_out_cache and held_out_cache.lookup
         options = {"lookup": lookup, "k": config.k, "units": units, "progress": rank == 0}
         table = metrics.score_pairs(policy, held_out, **options, **budget)
         if lent:
             policy.hold_reference(None)
+            release()
         if config.shard == "fsdp":
             policy.reshard()
         if device.type == "cuda":

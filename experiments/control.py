@@ -34,7 +34,7 @@ import train
 from batches import collate, stream
 from eval_diversity import sample_responses
 from experiments import reproduce
-from sae import SiteHook, sae_figures
+from sae import SiteHook, decoder_layers, sae_figures
 from scale import pooled_features
 from settings import parse_args as parse_run_args
 
@@ -100,8 +100,7 @@ def read(lm, batch, layer: int, sae=None):
 
     mask = fpo.attention_mask(batch, lm.config.get_text_config(), lm.dtype)
     rows = {"input_ids": batch.tokens, "position_ids": batch.positions, "attention_mask": mask}
-    layers = getattr(lm.model, "language_model", lm.model).layers
-    with layers[layer].register_forward_hook(splice), SiteHook(lm, layer) as hook:
+    with decoder_layers(lm)[layer].register_forward_hook(splice), SiteHook(lm, layer) as hook:
         logits = lm(**rows, use_cache=False).logits.flatten(0, 1)[batch.state]  # (N, V)
     logps = logits.float().log_softmax(-1).gather(1, batch.target[:, None])[:, 0]
     return logps, hook.value.flatten(0, 1)[batch.state]
@@ -122,7 +121,7 @@ def measure(config) -> dict:
     sae.to(device)  # the decoder too
     tokenizer = data.load_tokenizer(config.model)
     pairs = loading.load_data("eval_dataset", config, tokenizer)
-    rows = loading.choose_layout(config, tokenizer, pairs, device)
+    rows = loading.choose_layout(config, pairs, device)
     names, dtype = (config.model, config.reference), loading.torch_dtype(config, device)
     lm, ref_lm = (loading.load_lm(name, device, dtype=dtype).eval() for name in names)
 
@@ -154,10 +153,10 @@ def feature_statistics(config, sides) -> list[tuple[torch.Tensor, torch.Tensor]]
     The mean is over responses, of the first SAE's pooled c̄ (Eq. 10); the largest is at a single token.
     sides: data.Pairs each.
     """
-    device, tokenizer, found = runtime.start_processes(), data.load_tokenizer(config.model), []
+    device, found = runtime.start_processes(), []
     lm = loading.load_lm(config.model, device, dtype=loading.torch_dtype(config, device))
     policy = fpo.Policy(lm, *loading.load_saes(config, device)).eval()
-    sae, rows = policy.saes[0], loading.choose_layout(config, tokenizer, sides[0], device)
+    sae, rows = policy.saes[0], loading.choose_layout(config, sides[0], device)
     for pairs in sides:
         total = largest = torch.zeros(sae.m, device=device)
         groups = [range(start, min(start + 16, len(pairs))) for start in range(0, len(pairs), 16)]

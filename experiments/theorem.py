@@ -95,7 +95,7 @@ def bounds(config) -> dict:
     device, tokenizer = runtime.start_processes(), data.load_tokenizer(config.model)
     (sae,), sites = loading.load_saes(config, device)
     pairs = loading.load_data("eval_dataset", config, tokenizer)
-    n, rows = len(pairs), loading.choose_layout(config, tokenizer, pairs, device)
+    n, rows = len(pairs), loading.choose_layout(config, pairs, device)
     batches = [collate(pairs, range(i, min(n, i + 8)), **rows).to(device) for i in range(0, n, 8)]
     # (N,) each position's response: i for pair i's chosen, n + i for its rejected.
     owner = torch.cat([torch.cat([b.index, n + b.index])[b.owner] for b in batches])

@@ -95,7 +95,7 @@ def main(argv=None):
         refuse(f"--layer {args.layer}: {error}")
     pairs = data.load_pairs(args.dataset, tokenizer)
     train, held_out = choose_pairs(pairs, args.tokens)
-    rows = choose_layout(SimpleNamespace(layout="auto"), tokenizer, pairs, device)
+    rows = choose_layout(SimpleNamespace(layout="auto"), pairs, device)
     states, others = (read_states(lm, hook, pairs, indices, rows) for indices in (train, held_out))
     del lm, hook
     print(f"{len(states):,} states of {len(train)} pairs to train on, {len(others):,} of others held out")

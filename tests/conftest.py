@@ -14,7 +14,7 @@ os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()  # of the tests and their s
 
 import pytest
 import torch
-from transformers import Gemma2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma2ForCausalLM
 
 import losses
 import offline
@@ -40,6 +40,16 @@ def make_lm(seed=0, kind=Gemma2ForCausalLM, **changes):
             if parameter.ndim == 2:
                 parameter.normal_(std=0.25)
     return lm.eval()
+
+
+def make_lm_with_images(seed=0):
+    """A random Gemma-3 that sees images: its text model is a part of it, `model.language_model`."""
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": D, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    text = sizes | {"vocab_size": V, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 9}
+    vision = sizes | {"image_size": 8, "patch_size": 4}
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision, mm_tokens_per_image=1)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
 
 
 def nudge(lm, scale=0.02, seed=1):

@@ -833,9 +833,8 @@ def test_writing_leaves_the_old_file_or_the_new_one(tmp_path):
     path = tmp_path / "new/a.json"
     runtime.write_json(path, {"π": 1})
     assert json.loads(path.read_text()) == {"π": 1} and [p.name for p in path.parent.iterdir()] == ["a.json"]
-    with pytest.raises(UserError, match=r"new/a\.json/b") as error:
+    with pytest.raises(UserError, match=r"new/a\.json/b"):
         runtime.write_text(path / "b", "text")
-    assert not error.value.everywhere
     for keep in (False, True):
         with pytest.raises(UserError, match="half: disk full"), runtime.writing(tmp_path / "half", keep=keep):
             (tmp_path / "half").write_text("be")
@@ -873,11 +872,37 @@ def test_outputs_are_tried_before_the_work(tmp_path):
 
 
 def test_an_error_is_one_line(monkeypatch, capsys):
-    for rank, everywhere, said in ((0, True, "error: no"), (1, True, ""), (1, False, "error (rank 1): no")):
-        monkeypatch.setenv("RANK", str(rank))
+    """Of every rank, with its number where there are several: another one may know of none."""
+    monkeypatch.delenv("RANK", raising=False)
+    for rank, said in (None, "error: no"), (0, "error (rank 0): no"), (1, "error (rank 1): no"):
+        if rank is not None:
+            monkeypatch.setenv("RANK", str(rank))
         with pytest.raises(SystemExit) as end:
-            runtime.run_script(unittest.mock.Mock(side_effect=UserError("no", everywhere)))
+            runtime.run_script(unittest.mock.Mock(side_effect=UserError("no")))
         assert end.value.code == 2 and capsys.readouterr().err.strip() == said
+
+
+FAILS = """
+import sys
+import batches, data, runtime
+batches.LOADERS["cpu"] = 1
+
+def lookup(index):
+    raise {"user": runtime.UserError, "other": RuntimeError}[sys.argv[1]]("no")
+
+pairs = data.Pairs([([2, 3], [4], [5])])
+runtime.run_script(lambda: list(batches.stream(pairs, [[0]] * 50, device="cpu", lookup=lookup)))
+"""
+
+
+@pytest.mark.parametrize("kind, status, last", [("user", 2, "error: no"), ("other", 1, "RuntimeError: no")])
+def test_an_error_where_batches_are_made_ends_the_rank(kind, status, last):
+    """As on a card, in another process: a rank that stayed for it would keep the others waiting for hours."""
+    words = [sys.executable, "-c", FAILS, kind]
+    folder = Path(data.__file__).parent
+    ended = subprocess.run(words, capture_output=True, text=True, timeout=100, cwd=folder)
+    said = ended.stderr.strip().splitlines()
+    assert ended.returncode == status and said[-1] == last and (status == 1 or len(said) == 1)
 
 
 def test_the_library_s_errors_name_what_failed():

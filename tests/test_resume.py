@@ -38,11 +38,12 @@ import torch
 from conftest import ROOT, Evil, build, finish, lines_of, make_lm, make_pairs, make_sae, start
 from safetensors.torch import load_file, save_file
 
+import batches
 import fpo
 import offline
 import settings
 import train
-from runtime import UserError, lock_folder
+from runtime import UserError, lock_folder, run_script
 
 RUN = ["--preset", "toy", "--method", "fpo", "--steps", "6", "--warmup_steps", "2", "--eval_every", "0"]
 RUN += ["--no_eval_kl", "--batch_size", "16"]
@@ -387,13 +388,22 @@ def test_broken_shards(cache, fault, tmp_path):
     assert not Path("unpickled").exists()
 
 
-def test_a_shard_that_goes_during_a_run(cache):
-    """It is named at its first look-up, and made at the next start."""
+@pytest.mark.parametrize("loaders", [0, 1])
+def test_a_shard_that_goes_during_a_run(cache, monkeypatch, capsys, loaders):
+    """It is named in one line at its first look-up, on whatever rank, also where another process makes the
+    batches (as on a card); the next start makes it anew.
+    """
     found = cache()
     before = content(cache())
     FAULTS["cut"](found.folder / "shard_00001.safetensors")
-    with pytest.raises(UserError, match=r"shard_00001\.safetensors: .*start again"):
-        content(found)
+    monkeypatch.setitem(batches.LOADERS, "cpu", loaders)
+    monkeypatch.setenv("RANK", "1")
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        made = batches.stream(make_pairs(10), [[9], [5]], device="cpu", lookup=found.lookup)
+        run_script(lambda: list(made))
+    said = capsys.readouterr().err.strip()
+    assert re.fullmatch(r"error \(rank 1\): .*shard_00001\.safetensors: .*start again to make it anew", said)
     assert torch.equal(content(cache()), before)
 
 

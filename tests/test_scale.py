@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import M, V, make_lm, make_sae
+from conftest import M, V, make_lm, make_lm_with_images, make_pairs, make_sae
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch._dynamo.utils import counters
@@ -15,6 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fpo
 import scale
+from batches import collate
+from sae import decoder_layers
 from scale import ExactOptimizer, gradient_norm, join, make_optimizer, scale_gradients_, split
 
 LR = 5e-7  # Table 5
@@ -390,10 +392,13 @@ def work(rank, folder):
         for dtype in (FLOAT32, BF16):
             seen[rule, str(dtype)] = sharded_optimizer(rule, dtype, shard=True)
     policy = fpo.Policy(make_lm())
-    scale.shard_policy(policy, dtype=FLOAT32)
+    scale.shard_policy(policy, decoder_layers(policy.lm), dtype=FLOAT32)
     seen["weights"] = scale.full_state_dict(policy)
     local = sum(p.to_local().numel() for p in policy.parameters())
     seen["share"] = local / sum(p.numel() for p in policy.parameters())
+    images = fpo.Policy(make_lm_with_images())
+    scale.shard_policy(images, decoder_layers(images.lm), dtype=FLOAT32)
+    seen["images"] = images(collate(make_pairs(4), range(4)))[0].logps.detach()
     torch.save(seen, f"{folder}/{rank}")
     dist.destroy_process_group()
 
@@ -423,3 +428,10 @@ def test_fsdp_shares_the_weights_out(two_ranks):
     assert list(weights) == list(expected) and two_ranks[1]["weights"] == {}
     assert all(same(weights[name], expected[name]) for name in expected)
     assert all(seen["share"] == pytest.approx(0.5, abs=0.01) for seen in two_ranks)
+
+
+def test_fsdp_of_a_model_with_images(two_ranks):
+    """Its layers are not where a plain decoder's are; sharded, it says what it said."""
+    whole = fpo.Policy(make_lm_with_images())(collate(make_pairs(4), range(4)))[0].logps
+    for seen in two_ranks:
+        torch.testing.assert_close(seen["images"], whole.detach())

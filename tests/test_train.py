@@ -1,11 +1,14 @@
 """The real scripts on the toy world: settings, ranks, every method, errors, and what is left at the end."""
 
+import gc
 import json
+import shutil
 import subprocess
+import weakref
 
 import pytest
 import torch
-from conftest import ROOT, finish, lines_of, make_lm, make_pairs, start
+from conftest import ROOT, finish, lines_of, make_lm, make_lm_with_images, make_pairs, start
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, Gemma2ForCausalLM
 from transformers.models.gemma2.modeling_gemma2 import Gemma2MLP
@@ -14,6 +17,8 @@ import audit
 import eval_diversity
 import fpo
 import loading
+import metrics
+import offline
 import settings
 import train
 from losses import METHODS
@@ -349,6 +354,117 @@ def test_parameters_without_a_gradient_are_frozen():
     frozen = {name for name, p in policy.named_parameters() if not p.requires_grad}
     assert frozen == {"lm.model.vision.weight", "lm.model.vision.bias"}
     assert all(p.grad is None for p in policy.parameters())
+
+
+def test_what_has_a_gradient_is_found_as_training_runs():
+    """On the shortest pair, not the first; in train mode, where checkpointing makes each block again."""
+    seen, policy, pairs = [], fpo.Policy(make_lm()), make_pairs(6, seed=1)
+    policy.lm.activation_checkpointing_enable({"use_reentrant": False})
+    block = policy.lm.model.layers[0].mlp
+    block.register_forward_pre_hook(
+        lambda module, args: seen.append((torch.is_grad_enabled(), args[0].shape))
+    )
+    audit.audit_and_freeze(policy, pairs, settings.parse_args(["--preset", "toy"]), {"layout": "shared"})
+    with_gradient = [shape for gradient, shape in seen if gradient]
+    assert with_gradient == [(1, min(pairs.sizes.sum(1)), 32)] * 2 and pairs.shortest > 0
+
+
+def test_too_little_memory_is_told(monkeypatch):
+    """Not as a model that is not understood: with the settings that take less, but for those in use."""
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.91 GiB.")
+
+    monkeypatch.setattr(audit, "audit", full)
+    config = settings.parse_args(["--preset", "toy"])
+    pairs = make_pairs(4)
+    says = rf"longest pair, {max(pairs.sizes.sum(1))} tokens, do not fit \(CUDA out of memory. Tried .*GiB"
+    with pytest.raises(UserError, match=says + r".*--activation_checkpointing, --shard fsdp .*--max_length"):
+        audit.audit_and_freeze(fpo.Policy(make_lm()), pairs, config, {"layout": "shared"})
+    config.activation_checkpointing, config.shard = True, "fsdp"
+    with pytest.raises(UserError, match=r"less is needed by --max_length below 1024$"):
+        audit.audit_and_freeze(fpo.Policy(make_lm()), pairs, config, {"layout": "shared"})
+
+
+def test_layers_of_a_model_with_images_are_compiled():
+    """They are not where a plain decoder's are. (On CUDA alone, and at their first forward.)"""
+    lm = make_lm_with_images()
+    loading.compile_layers(lm, settings.parse_args(["--preset", "toy"]), torch.device("cuda"), [])
+    layers = lm.model.language_model.layers
+    assert len(layers) == 3 and all(layer._compiled_call_impl is not None for layer in layers)
+
+
+def test_a_reference_leaves_no_weights_and_is_compiled_once(folder, monkeypatch):
+    """With compiled layers, which are cycles: after Phase 1 and each evaluation none of it is left, though
+    Python's collector sleeps; no evaluation after the first compiles or hashes anything.
+    """
+    compiled, models, hashed, at = [], [], [], []
+    real_load, real_digest, real_scores, real_sums = (
+        train.load_policy,
+        offline.digest,
+        metrics.score_pairs,
+        train.step_sums,
+    )
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    def compile_layers(lm, *args):
+        for layer in lm.model.layers:
+            layer.compile(backend=backend, dynamic=True)
+
+    def load_policy(*args, **options):
+        made = real_load(*args, **options)
+        models.append([weakref.ref(module) for module in made[0].modules()])
+        return made
+
+    def score_pairs(policy, *args, **options):
+        before = len(compiled)
+        assert policy.reference
+        table = real_scores(policy, *args, **options)
+        at.append(len(compiled) - before)
+        return table
+
+    def step_sums(*args):
+        alive.append([any(module() is not None for module in modules) for modules in models])
+        return real_sums(*args)
+
+    alive = []
+    monkeypatch.setattr(loading, "compile_layers", compile_layers)
+    monkeypatch.setattr(train, "load_policy", load_policy)
+    monkeypatch.setattr(
+        offline, "digest", lambda tensors: hashed.append(len(tensors)) or real_digest(tensors)
+    )
+    monkeypatch.setattr(metrics, "score_pairs", score_pairs)
+    monkeypatch.setattr(train, "step_sums", step_sums)
+    shutil.copytree(folder / "runs/toy/model", folder / "ref")
+    gc.collect()
+    gc.disable()
+    try:
+        run("--method", "fpo", *SHORT[:-3], "--eval_every", "1", "--reference", "./ref")
+    finally:
+        gc.enable()
+    assert len(at) == 4 and at[0] > 0 and at[1:] == [0, 0, 0]
+    # The policy lives; the reference of Phase 1 and those of the evaluations do not.
+    assert alive[0] == [True, False, False] and alive[-1] == [True, False, False, False, False]
+    assert len([n for n in hashed if n > 10]) == 2  # of the model and of the reference, once each
+
+
+def test_a_pad_token_beyond_the_vocabulary(folder):
+    """`[PAD]` added to the tokenizer alone: rows, and what is sampled, are padded by a token that exists."""
+    save_toy(folder, "padded")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "padded")
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(folder / "padded")
+    run(*SHORT, "--method", "sft", "--steps", "1", "--model", "./padded", "--out", "sft")
+    lm = Gemma2ForCausalLM.from_pretrained(folder / "sft/model")
+    assert tokenizer.pad_token_id == lm.config.vocab_size
+    stop = int(lm(torch.tensor([[2, 5]])).logits[0, -1].argmax())
+    # The first row ends at once, and is padded while the second goes on.
+    lm.generation_config.eos_token_id = stop
+    made = lm.generate(torch.tensor([[2, 5], [2, 9]]), max_new_tokens=4, do_sample=False)
+    assert made[0, 2] == stop and made[0, -1] < lm.config.vocab_size
 
 
 def test_a_model_saved_in_another_dtype(folder):
