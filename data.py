@@ -8,6 +8,7 @@ A data set goes through three forms:
 """
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -15,8 +16,10 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import datasets
+import pandas as pd
 import pyarrow as pa
 import torch
 from filelock import FileLock
@@ -24,7 +27,7 @@ from jinja2 import TemplateError
 from pyarrow import compute
 from transformers import AutoTokenizer
 
-from runtime import UserError, hub_errors
+from runtime import UserError, file_digest, hub_errors, writing
 
 # The ending of a local file, and the reader of `datasets`; JSON lines are parsed here, each by itself.
 FORMATS = {".jsonl": "text", ".json": "json", ".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
@@ -32,10 +35,8 @@ ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assi
 ROLES |= {"system": "system", "developer": "system"}
 TRANSCRIPT = re.compile(r"\n\nHuman:|\s*Human:.*\n\nAssistant:", re.DOTALL)  # HH-RLHF's
 WHO, WHAT = ("role", "from"), ("content", "value")  # the names under which a message says them
-PRINTED = re.compile(  # messages as Python prints them, between quotes that are no JSON's
-    rf"\s*\[?\s*\{{(?=\s*')(?=.*'({'|'.join(WHO)})'\s*:)(?=.*'({'|'.join(WHAT)})'\s*:).*\}}\s*\]?\s*",
-    re.DOTALL,
-)
+WORDS = (rf"(?=.*'({'|'.join(names)})'\s*:)" for names in (WHO, WHAT))
+PRINTED = re.compile(rf"\s*\[?\s*\{{(?=\s*'){''.join(WORDS)}.*\}}\s*\]?\s*", re.DOTALL)  # by Python
 # Where a record says its question: the first of these that it fills in.
 QUESTIONS = (("prompt",), ("question",), ("instruction", "input"))
 # Fields that belong to a prompt. Where one is not read, and says more than what is, its record is left out.
@@ -72,6 +73,11 @@ SHARE = 2500  # records for which a process more pays
 
 
 # ---------------------------------------------------------------------------- records
+def reader_of(path) -> str | None:
+    """The reader of `datasets` that a file's ending asks for."""
+    return FORMATS.get(Path(str(path).removesuffix(".gz")).suffix)
+
+
 def read_records(source: str):
     """The records of a data set, a memory-mapped `datasets.Dataset`; of a .jsonl file its lines, as `text`.
 
@@ -80,24 +86,32 @@ def read_records(source: str):
     colon = r":(?![^\[]*\])"  # but not that of a slice, as in train[:100]
     name, *where = [source] if os.path.exists(source) else re.split(colon, source)
     *config, split = where or ["train"]
-    reader = FORMATS.get(Path(name.removesuffix(".gz")).suffix)  # None: a folder, or a name of the hub
+    # The file, or all of the folder; none of a data set on the hub.
+    files = sorted(path for path in [Path(name), *Path(name).rglob("*")] if path.is_file())
+    reader = None if os.path.isdir(name) else reader_of(name)  # None: a folder, or a name of the hub
     if len(config) > 1 or (os.path.isfile(name) and reader is None):
         endings = ", ".join(FORMATS)
         raise UserError(f"data set {source!r}: files end in {endings}; others are NAME:CONFIG:SPLIT at most")
-    cache, options = Path(datasets.config.HF_DATASETS_CACHE), dict[str, str]()
-    if reader == "text":  # a byte that is no UTF-8 becomes \xff, which is no JSON: only its line is left out
-        options |= {"encoding": "utf-8-sig", "encoding_errors": "backslashreplace"}
+    # What `datasets` takes for a pattern: of a file's name most of it can be escaped.
+    odd = re.search(r"::|\$" if reader else r"::|[$*?[]", os.path.abspath(name))
+    if files and odd:
+        raise UserError(f"data set {source!r}: rename it; {odd[0]!r} would be read as a pattern")
+    cache, options, total = Path(datasets.config.HF_DATASETS_CACHE), dict[str, Any](), hashlib.sha256()
     with hub_errors("data set", source):
-        if reader:  # its content, not its time, tells which copy in the cache is its own
-            with open(name, "rb") as file:
-                cache /= hashlib.file_digest(file, "sha256").hexdigest()[:16]
-            options |= {"data_files": name}
+        for path in files:  # their content, not their time, tells which copy in the cache is their own
+            total.update(f"{path.relative_to(name)} {file_digest(path)}".encode())
+        cache /= total.hexdigest()[:16] if files else ""
+        if reader:
+            options["data_files"] = glob.escape(os.path.abspath(name))
+        if reader == "text":  # a byte that is no UTF-8 becomes \xff, no JSON: only its line is left out
+            options |= {"encoding": "utf-8-sig", "encoding_errors": "backslashreplace"}
+        tables = [path for path in files if reader_of(path) == "csv"]
+        if tables and {reader_of(path) for path in files} <= {"csv", None}:
+            # Every field is a text, also NA, 7 and True; one that is empty is missing.
+            names = pd.read_csv(tables[0], nrows=0).columns
+            options["features"] = datasets.Features({column: datasets.Value("string") for column in names})
+            options |= {"keep_default_na": False, "na_values": [""]}
         return datasets.load_dataset(reader or name, *config, split=split, cache_dir=str(cache), **options)
-
-
-def is_message(value) -> bool:
-    """Whether a value of JSON is a message: it names who speaks, and what is said."""
-    return isinstance(value, dict) and bool(value.keys() & WHO) and bool(value.keys() & WHAT)
 
 
 def read_text(text: str, role: str, transcript: bool) -> list:
@@ -106,7 +120,7 @@ def read_text(text: str, role: str, transcript: bool) -> list:
         with contextlib.suppress(ValueError, RecursionError):
             given = json.loads(text)
             given = given if isinstance(given, list) else [given]
-            if given and all(map(is_message, given)):
+            if given and all(isinstance(m, dict) and m.keys() & WHO and m.keys() & WHAT for m in given):
                 return given
     if PRINTED.fullmatch(text):
         raise UserError("a conversation as Python prints it, not JSON")
@@ -152,10 +166,10 @@ def question_of(record: dict) -> tuple[tuple[str, ...], object]:
         given = [record[name] for name in names if record.get(name)]
         if len(given) == 1:
             return names, given[0]
-        if given and all(isinstance(text, str) for text in given):
-            return names, "\n\n".join(given)
-        if given:
+        if not all(isinstance(text, str) for text in given):
             raise UserError(f"{' and '.join(names)} are no texts")
+        if given:
+            return names, "\n\n".join(given)
     return (), None
 
 
@@ -448,7 +462,8 @@ def load_pairs(
     if workers:  # a pool, and its bar, for large sets
         datasets.enable_progress_bars()
     # One rank, of one run, tokenises; the others wait, and find the result.
-    with FileLock(Path(datasets.config.HF_DATASETS_CACHE) / f"{fingerprint}.lock"):
+    room = Path(datasets.config.HF_DATASETS_CACHE)
+    with writing(room, keep=True), FileLock(room / f"{fingerprint}.lock"):
         table = records.map(
             tokenise,
             batched=True,

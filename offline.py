@@ -165,19 +165,14 @@ def _write_shard(path, parts):
     aside = path.with_suffix(".tmp")
     with runtime.writing(aside):
         save_file(tensors, aside)
-        runtime.write_text(path.with_suffix(".sha256"), _checksum(aside))
+        runtime.write_text(path.with_suffix(".sha256"), runtime.file_digest(aside))
         aside.replace(path)
-
-
-def _checksum(path) -> str:
-    """sha256 of a shard's bytes."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _whole(path) -> bool:
     """True if the shard is there and holds the bytes that were written."""
     note = path.with_suffix(".sha256")
-    return path.exists() and note.exists() and note.read_text() == _checksum(path)
+    return path.exists() and note.exists() and note.read_text() == runtime.file_digest(path)
 
 
 # ---------------------------------------------------------------------------- Phase 2

@@ -1,6 +1,7 @@
 """Processes and files: nothing of FPO. Ranks, folders held alone, files written whole, errors of one line."""
 
 import contextlib
+import hashlib
 import json
 import os
 import shlex
@@ -110,6 +111,12 @@ def write_text(path, text: str):
 def write_json(path, value):
     """Write JSON as `write_text` does."""
     write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def file_digest(path) -> str:
+    """sha256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def lock_folder(folder, wait: bool = False):

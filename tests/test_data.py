@@ -8,6 +8,7 @@ import gzip
 import json
 import os
 import random
+import resource
 import subprocess
 import sys
 import threading
@@ -175,6 +176,11 @@ def tokenised(*records, by=GEMMA_IT, sft=False, max_length=9999, max_prompt_leng
 def spell(pairs, i=0, by=GEMMA_IT):
     """A pair's prompt, chosen and rejected as the text that the template wrote."""
     return [by.decode(ids.tolist()) for ids in pairs[i]]
+
+
+def spell_all(pairs, by=FAMILIES["SmolLM2"]):
+    """The texts of all pairs."""
+    return [spell(pairs, i, by) for i in range(len(pairs))]
 
 
 def spell_targets(pairs, i=0, by=GEMMA_IT):
@@ -479,6 +485,90 @@ def test_files_of_every_kind(tmp_path, kind):
         assert spell(load_pairs(f"{path}:train[1:2]", GEMMA_IT)) == expected[1]
 
 
+CSV = """prompt,chosen,rejected,n
+NA,42,True,1
+"null",007,1e5,
+x,,NaN,2
+ask me,"yes
+",bad,3
+"""
+
+
+@pytest.mark.parametrize("kind", ["data.csv", "data.csv.gz", "folder"])
+def test_every_field_of_a_csv_is_a_text(tmp_path, kind):
+    """Numbers, NA and True are what someone said; a field that is empty is missing."""
+    path = tmp_path / kind
+    if kind == "folder":
+        path.mkdir()
+        (path / "README.md").write_text("about")
+    text = CSV.encode()
+    (path / "train.csv" if kind == "folder" else path).write_bytes(
+        gzip.compress(text) if "gz" in kind else text
+    )
+    pairs = load_pairs(str(path), FAMILIES["SmolLM2"])
+    texts = [("NA", "42", "True"), ("null", "007", "1e5"), ("ask me", "yes\n", "bad")]
+    said = [data.to_pair(dict(zip(("prompt", "chosen", "rejected"), row, strict=True))) for row in texts]
+    assert pairs.notes == {f"left out: {NO_ANSWER.format('chosen')}": 1}
+    for i, (prompt, answers) in enumerate(said):
+        whole = [rendered("SmolLM2", [*prompt, answer]) for answer in answers]
+        assert [torch.cat([pairs[i][0], y]).tolist() for y in pairs[i][1:]] == whole
+
+
+ODD_NAMES = [
+    "pairs[1].jsonl",
+    "pairs1.jsonl",
+    "p*.jsonl",
+    "pa?.jsonl",
+    "~p.jsonl",
+    "{a,b}.jsonl",
+    "[!p].jsonl",
+]
+
+
+def test_a_path_is_a_path(tmp_path, monkeypatch):
+    """No other file is read than the one that is named, whatever its name says to a shell."""
+    monkeypatch.chdir(tmp_path)
+    for name in ODD_NAMES:
+        write(name, {**GOOD, "prompt": name}, {**GOOD, "prompt": "second"})
+    for name in ODD_NAMES:
+        for source in (name, str(tmp_path / name)):
+            (prompt, _, _), *rest = spell_all(load_pairs(source, FAMILIES["SmolLM2"]))
+            assert name in prompt and len(rest) == 1
+            assert "second" in spell_all(load_pairs(f"{source}:train[1:]", FAMILIES["SmolLM2"]))[0][0]
+    for name in ("a::b.jsonl", "$HOME.jsonl", "d[1]/train.jsonl", "d*/train.jsonl"):
+        Path(name).parent.mkdir(exist_ok=True)
+        write(name, GOOD)
+        source = name.removesuffix("/train.jsonl")
+        with pytest.raises(UserError, match=r"rename it; .* would be read as a pattern"):
+            load_pairs(source, GEMMA_IT)
+
+
+def test_a_folder_s_content_is_its_identity(tmp_path):
+    """As a file's is: other words at the same time and of the same size are read anew."""
+    path = tmp_path / "folder/train.jsonl"
+    path.parent.mkdir()
+    write(path, {**GOOD, "prompt": "abc"})
+    first, stat = load_pairs(str(path.parent), FAMILIES["SmolLM2"]), path.stat()
+    write(path, {**GOOD, "prompt": "abd"})
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    second = load_pairs(str(path.parent), FAMILIES["SmolLM2"])
+    assert ["abc" in spell_all(first)[0][0], "abd" in spell_all(second)[0][0]] == [True, True]
+
+
+def test_no_room_for_tokens(tmp_path, cache):
+    """A full disk while the tokens are written: one line that names the place."""
+    path = write(tmp_path / "data.jsonl", *[{**GOOD, "prompt": "x" * 500}] * 20)
+    load_pairs(path, GEMMA_IT)  # the records are there now
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
+    try:
+        with pytest.raises(UserError, match=f"{cache}: .*File too large"):
+            load_pairs(path, FAMILIES["SmolLM2"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert len(load_pairs(path, FAMILIES["SmolLM2"])) == 20
+
+
 def test_columns_of_mixed_kinds(tmp_path):
     """`datasets` encodes a column that holds texts and messages, and fills in the fields that others have."""
     odd = {**T("a:y")[0], "tool_calls": [{"a": 1}]}
@@ -651,6 +741,11 @@ def test_where_an_answer_ends():
         "<think>yes\n\n</s>",
         "<think>bad\n\n</s>",
     ]
+    # What closes the text as a whole is said by nobody, however long it is.
+    closing = PHI_3.replace("eos_token", "'so it ends' + eos_token").replace("t|>\n'", "t|>\n<think>'")
+    by = byte_tokenizer(closing, PHI, eos_token="<|endoftext|>")
+    expected = ["<|user|>\nask me<|end|>\n<|assistant|>\n", "yes<|end|>", "bad<|end|>"]
+    assert spell(tokenised(GOOD, by=by), by=by) == expected
     # An end that depends on the answer is no end that could be learnt.
     odd = byte_tokenizer(
         CHATML.replace("'<|im_end|>", "('' if 'bad' in m.content else '<|im_end|>') + '"), IM
