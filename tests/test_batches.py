@@ -238,13 +238,16 @@ def test_ranks_are_busy_alike(ranks):
 def test_any_number_of_ranks_scores_the_same_batches(monkeypatch):
     """Scores on 2 and 3 ranks, each made here in turn, are those on one to the last bit."""
     pairs, policy = make_pairs(9, longest=20), fpo.Policy(make_lm())
-    tables = []
+    tables, forwards = [], []
+    policy.register_forward_hook(lambda *_: forwards.append(1))
     for world in (1, 2, 3):
         parts = []
         for rank in range(world):
             monkeypatch.setattr(metrics, "ranks", lambda rank=rank, world=world: (rank, world))
             rows = {"layout": "shared", "row_tokens": 64, "max_tokens": 128}
             parts.append(metrics.score_pairs(policy, pairs, **rows))
+        assert len(forwards) == {1: 3, 2: 2 * 2, 3: 3 * 1}[world], "as many on each rank: FSDP would wait"
+        forwards.clear()
         tables.append({name: sum(part[name] for part in parts) for name in parts[0]})
     assert len(plan_for_one(pairs, range(9), **rows)) == 3  # so that two ranks get a padding pair
     for table in tables:
