@@ -155,6 +155,20 @@ def plan(indices, documents, ranks: int, *, max_tokens=0, **rows) -> list[list[i
     return [group for micro_step in micro_steps for group in micro_step]
 
 
+def work_of(groups, documents, ranks: int, *, waits_each=False, **rows) -> tuple[int, int]:
+    """A step's tokens, and those that its ranks compute or could have computed while they wait, padding too.
+
+    The first over the second is the step's fill. waits_each: ranks wait for the slowest at each micro-step
+    (FSDP), not once a step. groups: as `plan` gives them; documents, rows: as it takes them.
+    """
+    real = sum(n for group in groups for i in group for n in documents[i])
+    idle = [] if all(groups) else min(documents, key=sum)  # the pair that keeps a rank busy
+    sizes = [padded_tokens([n for i in group for n in documents[i]] or idle, **rows) for group in groups]
+    micro_steps = [sizes[j : j + ranks] for j in range(0, len(sizes), ranks)]
+    slowest = sum(map(max, micro_steps)) if waits_each else max(map(sum, zip(*micro_steps, strict=True)))
+    return real, ranks * slowest
+
+
 def plan_for_one(pairs: Pairs, indices, *, max_tokens=0, **rows) -> list[list[int]]:
     """Micro-batches of evaluation and Phase 1: as for one rank, so that any number of ranks makes the same.
 

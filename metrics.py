@@ -9,6 +9,25 @@ from fpo import distances
 from losses import PER_TOKEN
 from runtime import ranks
 
+# FLOP/s of dense bf16 products, by a part of the card's name: the makers' figures.
+BF16_PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
+
+
+def step_flops(lm, tokens: int, targets: int) -> int:
+    """FLOPs that a step needs: 6 a weight and token; of the head's weights, only for the targets.
+
+    A checkpointed layer's second forward and attention's products are left out, as MFU leaves them out.
+    """
+    table, head = lm.get_input_embeddings().weight, lm.get_output_embeddings().weight  # perhaps the same
+    body = sum(p.numel() for p in lm.parameters() if p is not table and p is not head)
+    return 6 * (body * tokens + head.numel() * targets)
+
+
+def peak_flops(device) -> float | None:
+    """The card's FLOP/s in bf16; None where the card is not known, or there is none."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peak for card, peak in BF16_PEAK.items() if card in name), None)
+
 
 @torch.no_grad()
 def score_pairs(

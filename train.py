@@ -33,7 +33,7 @@ import offline
 import runtime
 import scale
 from audit import audit_and_freeze
-from batches import collate, epoch_order, plan, stream
+from batches import collate, epoch_order, plan, stream, work_of
 from checkpoint import (
     MAY_CHANGE_ON_RESUME,
     StopSignal,
@@ -68,9 +68,8 @@ def learning_rate(step: int, steps: int, config) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def plan_steps(config, pairs, rows, world: int) -> list[list[list[int]]]:
+def plan_steps(config, pairs, documents, rows, world: int) -> list[list[list[int]]]:
     """For every step its micro-batches, this and the other ranks'; one epoch after another."""
-    documents = pairs.documents(rows["layout"])
     per_epoch = math.ceil(len(pairs) / config.batch_size)
     steps = config.steps if config.steps is not None else config.epochs * per_epoch
     planned = []
@@ -256,7 +255,9 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
         return {name: (above.sum() / below.sum()).item() for name, (above, below) in columns}
 
     # ---- Phase 2: the loop, from the start or from where it was left
-    steps = plan_steps(config, pairs, rows, world)
+    documents = pairs.documents(rows["layout"])  # of each pair, their lengths
+    steps = plan_steps(config, pairs, documents, rows, world)
+    peak = metrics.peak_flops(device)
     ddp = dist.is_initialized() and config.shard != "fsdp"
     model = DistributedDataParallel(policy, gradient_as_bucket_view=True) if ddp else policy
     parameters = [p for p in policy.parameters() if p.requires_grad]
@@ -306,7 +307,6 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
         # ---- micro-steps: gradients of the mean loss over the pairs of the global batch
         n_pairs = sum(len(g) for g in steps[step])
         sums: dict[str, torch.Tensor] = {}
-        tokens = torch.zeros((), device=device)
         for micro in range(len(groups)):
             batch, reference = next(batches)
             if ddp:  # gradients are exchanged once a step; DDP reads this at the forward
@@ -319,15 +319,14 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
             ((loss * batch.weight).sum() * (world / n_pairs)).backward()
             for name, value in step_sums(batch, loss, values, statistics).items():
                 sums[name] = sums.get(name, 0.0) + value
-            tokens = tokens + (batch.segment >= 0).sum()
         norm = scale.gradient_norm(parameters)
 
         # ---- the step's only wait for the device: what is logged, and whether it is finite
         signalled = torch.full((), float(stop.came), device=device)
-        logged = torch.stack([*sums.values(), tokens, signalled]).double()
+        logged = torch.stack([*sums.values(), signalled]).double()
         if dist.is_initialized():
             dist.all_reduce(logged)
-        *totals, total_tokens, stopping = logged.tolist()
+        *totals, stopping = logged.tolist()
         line = {"step": step + 1, **{name: value / n_pairs for name, value in zip(sums, totals, strict=True)}}
         line |= {"grad_norm": norm.item(), "lr": lr}
 
@@ -342,7 +341,12 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
 
         # ---- log and evaluate
         seconds = time.perf_counter() - started
-        line |= {"pairs_per_s": n_pairs / seconds, "tokens_per_s": total_tokens / seconds}
+        tokens, computed = work_of(steps[step], documents, world, waits_each=config.shard == "fsdp", **rows)
+        line |= {"pairs_per_s": n_pairs / seconds, "tokens_per_s": tokens / seconds}
+        line["fill"] = tokens / computed
+        if peak:  # the share of the cards' speed in bf16 that went into real tokens
+            targets = sum(int(pairs.sizes[i, 1:].sum()) for group in steps[step] for i in group)
+            line["mfu"] = metrics.step_flops(policy.lm, tokens, targets) / seconds / (world * peak)
         line |= {"peak_memory_gb": peak_memory_gb(device)}
         if "constraint_size" in line:  # what the constraint weighs in u beside the reward margin
             sizes = line["constraint_size"], line["margin_size"]
@@ -357,7 +361,7 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
             metrics_file.write(json.dumps(line) + "\n")
             metrics_file.flush()
         draw(writer, step + 1, line)
-        shown = ("loss", "accuracy", "reward_margin", "constraint", "pairs_per_s")
+        shown = ("loss", "accuracy", "reward_margin", "constraint", "pairs_per_s", "fill", "mfu")
         bar.set_postfix({name: f"{line[name]:.3f}" for name in shown if name in line})
         bar.update()
 

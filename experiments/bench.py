@@ -31,15 +31,16 @@ from transformers import AutoModelForCausalLM, Gemma2Config
 
 import data
 import fpo
+import loading
 import losses
 import offline
 import runtime
 import scale
-from batches import collate, plan_for_one
+from batches import collate, epoch_order, plan, plan_for_one, work_of
 from experiments import count
 from experiments.plan import GEMMA_2, parameters_of
 from runtime import refuse
-from settings import TABLE_5
+from settings import TABLE_5, Config
 
 CUDA = torch.cuda.is_available()
 PRODUCT = 2048  # rows and columns of the matrix product that a step's FLOP/s are held against
@@ -74,12 +75,18 @@ def parse_args(argv=None):
     add("--json", help="write all figures to this file")
     add("--count", **on, help="FLOPs and bytes of a step, and the time that a card's limits allow")
     add("--reference_pass", **on, help="Phase 1, against a bare forward")
+    add("--fill", **on, help="the share of a step that is tokens, from a data set's lengths: no model runs")
+    add("--dataset", help="of --fill: pairs, as train.py takes them")
+    add("--model", help="of --fill: whose tokenizer; a Hugging Face directory or hub name")
+    add("--ranks", type=int, default=4, help="of --fill: the most ranks (4)")
     add("--updates", **on, help="updates that bf16 weights lose at lr 5e-7")
     add("--peer", choices=("trl",), help="DPO here and in TRL's DPOTrainer (pip install trl==1.16.0)")
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
         if type(value) is int and value < 1:
             refuse(f"--{name} {value}: must be at least 1")
+    if args.fill and not (args.dataset and args.model):
+        refuse("--fill: needs --dataset and --model")
     if args.json:
         runtime.check_output("json", args.json, folder=False)
     changes, args.sae_width, (args.pairs, prompt, response), args.rule = SHAPES[args.shape]
@@ -327,6 +334,27 @@ def reference_pass(args):
     return row
 
 
+def fill_table(args):
+    """The fill of an epoch's steps (batches.work_of): in a card's rows, and with each pair in its own row."""
+    tokenizer, lengths = data.load_tokenizer(args.model), ("max_length", "max_prompt_length")
+    pairs = data.load_pairs(args.dataset, tokenizer, **{name: getattr(Config, name) for name in lengths})
+    documents, table = pairs.documents("shared"), []
+    order, n = epoch_order(len(pairs), 0, 0).tolist(), Config.batch_size
+    for name, change in (("a pair to a row", {"row_tokens": None}), ("packed", {})):
+        rows, found = loading.ROWS["cuda"] | change, {"rows": name}
+        for ranks in sorted({1, min(2, args.ranks), args.ranks}, reverse=True):
+            works = []
+            for batch in (order[start : start + n] for start in range(0, len(order), n)):
+                groups = plan(batch, documents, ranks, max_tokens=Config.micro_batch_tokens, **rows)
+                works.append(work_of(groups, documents, ranks, **rows))
+            found[f"ranks: {ranks}"] = sum(w[0] for w in works) / sum(w[1] for w in works)
+        table.append(found)
+    sizes = torch.tensor([sum(lengths) for lengths in documents])
+    title = f"{len(pairs)} pairs, median {sizes.median()} tokens, most {sizes.max()}"
+    print_rows(f"fill of {args.dataset}: {title}; {n} pairs a step", table)
+    return table
+
+
 def updates():
     """The share of 200 updates at lr 5e-7 that bf16 weights lose: plainly, and with the exact optimizer."""
     rows, lr, size = [], 5e-7, 2**16
@@ -356,7 +384,7 @@ def main(argv=None):
     """Run what the flags ask for."""
     args = parse_args(argv)
     section = reference_pass if args.reference_pass else count_table if args.count else methods_table
-    figures = updates() if args.updates else {args.shape: section(args)}
+    figures = updates() if args.updates else fill_table(args) if args.fill else {args.shape: section(args)}
     if args.json:
         runtime.write_json(args.json, runtime.made_by() | {"torch": torch.__version__, "figures": figures})
 

@@ -27,9 +27,10 @@ import scale
 from experiments.plan import parameters_of
 from fpo import attention_mask
 from losses import NEEDED
+from metrics import BF16_PEAK
 
 # The makers' figures: FLOP/s of dense products in bf16, and in TF32 for the SAE; bytes/s of the memory.
-CARDS = {"H100": {"bfloat16": 989e12, "tf32": 494e12, "memory": 3.35e12}}
+CARDS = {"H100": {"bfloat16": BF16_PEAK["H100"], "tf32": 494e12, "memory": 3.35e12}}
 CARDS |= {"H200": CARDS["H100"] | {"memory": 4.8e12}}
 WAYS = ("eager", "compiled", "fused")
 # By these ways, bytes a bf16 parameter that clip and update move: an operation at a time as in commit d6594d8

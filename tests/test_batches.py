@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import batches
 import fpo
 import metrics
-from batches import collate, epoch_order, lay_out, padded_tokens, plan, plan_for_one
+from batches import collate, epoch_order, lay_out, padded_tokens, plan, plan_for_one, work_of
 from data import Pairs
 
 # ---------------------------------------------------------------- rows
@@ -220,6 +220,25 @@ def test_plans(documents, ranks, max_tokens, data, row_tokens, row_multiple):
     # The shortest pair of a rank went to it when no rank had less: without it, it has no more than any.
     loads = [[sum(documents[i]) for group in groups[r::ranks] for i in group] for r in range(ranks)]
     assert max(sum(load) - min(load, default=0) for load in loads) <= min(map(sum, loads))
+
+
+@pytest.mark.parametrize(
+    "groups, ranks, how, expected",
+    [
+        ([[1], [5], [2], [3]], 2, {}, (9 + 3 + 2 + 9, 2 * (3 + 9))),  # once a step: 9 + 2, 3 + 9
+        ([[1], [5], [2], [3]], 2, {"waits_each": True}, (23, 2 * (9 + 9))),
+        (
+            [[1, 4], [0, 5]],
+            2,
+            {"row_multiple": 10},
+            (24, 2 * 20),
+        ),  # 16 padded to 20, 8 to 10
+        ([[1, 4], [0, 5]], 2, {"row_tokens": None}, (24, 2 * 2 * 9)),  # two rows of 9, two of 5
+        ([[5], []], 2, {"row_multiple": 4}, (3, 2 * 4)),  # the other rank computes the shortest pair
+    ],
+)
+def test_work_by_hand(groups, ranks, how, expected):
+    assert work_of(groups, SIZES, ranks, **ROW | how) == expected
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

@@ -1,11 +1,14 @@
 """experiments/bench.py and count.py: the script writes its figures; bytes, FLOPs and limits by hand."""
 
 import json
+import math
+import random
 from functools import partial
 
 import pytest
 import torch
 
+import data
 import runtime
 import scale
 from experiments import bench, count
@@ -88,6 +91,29 @@ def test_limits_of_an_h100(shape, eager, compiled, fused):
         assert found[part] == pytest.approx(flops, rel=0.005), part
     mfu = [row["MFU"] for row in tables["at a card's limits"] if row["card"] == "H100"]
     assert mfu == pytest.approx([eager, compiled, fused], abs=0.01)
+
+
+# Of a log-normal distribution: half of the pairs are shorter, 5 % longer; the fill on 4 cards is above this.
+SPREADS = {"conversations": (1058, 3000, 0.95), "HH-RLHF": (183, 554, 0.92), "short": (52, 120, 0.82)}
+
+
+@pytest.mark.parametrize("spread", SPREADS)
+def test_fill_of_lengths_like_those_of_real_pairs(spread, monkeypatch, capsys):
+    """And an epoch of 32 equal pairs of 128 tokens fills the rows of any number of ranks wholly."""
+    (median, longer, least), draw = SPREADS[spread], random.Random(0)
+    sigma = math.log(longer / median) / 1.645  # of a normal distribution 5 % lie above 1.645 sigma
+    sizes = [max(3, min(4451, int(draw.lognormvariate(math.log(median), sigma)))) for _ in range(640)]
+    monkeypatch.setattr(bench.data, "load_tokenizer", lambda name: None)
+    for lengths, low, high in ((sizes, least, 1), ([128] * 32, 1, 1)):
+        pairs = data.Pairs([([5] * (n // 3), [5] * (n // 3), [5] * (n - 2 * (n // 3))) for n in lengths])
+        monkeypatch.setattr(bench.data, "load_pairs", lambda *_, pairs=pairs, **__: pairs)
+        bench.main(["--fill", "--dataset", "d", "--model", "m", "--ranks", "4"])
+        assert "packed" in capsys.readouterr().out
+        apart, packed = bench.fill_table(bench.parse_args(["--fill", "--dataset", "d", "--model", "m"]))
+        assert list(packed) == ["rows", "ranks: 4", "ranks: 2", "ranks: 1"]
+        for ranks in (4, 2, 1):
+            assert low <= packed[f"ranks: {ranks}"] <= high
+            assert apart[f"ranks: {ranks}"] <= packed[f"ranks: {ranks}"]
 
 
 @pytest.mark.parametrize("flag, value", [("rounds", "0"), ("shape", "huge")])

@@ -77,6 +77,20 @@ def test_fsdp_trains_what_one_process_trains(folder, method):
     assert a.keys() == b.keys() and max((a[name] - b[name]).abs().max() for name in a) < 3e-4
 
 
+def test_flops_of_a_step_by_hand(monkeypatch):
+    """6 a weight of the layers and token, 6 a weight of the head and target; embeddings are looked up."""
+    tied, untied = (make_lm(tie_word_embeddings=tie) for tie in (True, False))
+    # Of 4 layers: q, o 32 × 32, k, v 32 × 16, three 32 × 48, four norms; and the last norm.
+    body = 4 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 4 * 32) + 32
+    for lm in (tied, untied):
+        assert metrics.step_flops(lm, 100, 10) == 6 * (body * 100 + 97 * 32 * 10)
+    assert metrics.peak_flops(torch.device("cpu")) is None
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    assert metrics.peak_flops(torch.device("cuda")) == 989e12
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA T4")
+    assert metrics.peak_flops(torch.device("cuda")) is None
+
+
 def test_advice_by_hand():
     """The α at which the constraint equals the margin; or the rounding that outweighs it; or nothing."""
     config = settings.parse_args(["--alpha", "0.5", "--beta", "0.1"])
