@@ -234,7 +234,12 @@ def test_plans(documents, ranks, max_tokens, data, row_tokens, row_multiple):
             (24, 2 * 20),
         ),  # 16 padded to 20, 8 to 10
         ([[1, 4], [0, 5]], 2, {"row_tokens": None}, (24, 2 * 2 * 9)),  # two rows of 9, two of 5
-        ([[5], []], 2, {"row_multiple": 4}, (3, 2 * 4)),  # the other rank computes the shortest pair
+        (
+            [[5], [1], [0], []],
+            2,
+            {},
+            (3 + 9 + 5, 2 * (9 + 2)),
+        ),  # the second rank also takes the shortest pair
     ],
 )
 def test_work_by_hand(groups, ranks, how, expected):
