@@ -239,7 +239,7 @@ def test_plans(documents, ranks, max_tokens, data, row_tokens, row_multiple):
             2,
             {},
             (3 + 9 + 5, 2 * (9 + 2)),
-        ),  # the second rank also takes the shortest pair
+        ),  # and the shortest pair
     ],
 )
 def test_work_by_hand(groups, ranks, how, expected):
