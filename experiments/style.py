@@ -52,7 +52,7 @@ def draw_answers(tokenizer, n: int, seed=0) -> tuple[data.Pairs, dict[str, torch
 
 
 def explained(values: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
-    """η² (m,): the variance of values (n, m) between groups (n,), as a share of all; 0 where they are equal."""
+    """η² (m,): the variance of values (n, m) between groups (n,), as a share of all; else 0."""
     member = torch.nn.functional.one_hot(groups).to(values.dtype)  # (n, G)
     size = member.sum(0)  # (G,); a group without members adds nothing
     means = member.T @ values / size.clamp(min=1)[:, None]  # (G, m)
