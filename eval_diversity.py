@@ -9,7 +9,7 @@ Scores, by their keys in --json. Of pairs:
     nll_chosen                     -log π(y_w|x) / |y_w|, nats, mean over pairs
     kl_chosen, kl_rejected         sequential KL(ref ‖ π), nats, mean over pairs (Fig. 3)
     mse_chosen, mse_rejected       D_FPO (Eq. 10), mean over pairs (Fig. 4)
-    kl_margin, mse_margin          |β D(y_l) - β D(y_w)|, mean over pairs (Figs. 3, 4)
+    kl_gap, mse_gap                |β D(y_l) - β D(y_w)|, mean over pairs (Figs. 3, 4)
     activations_policy, .._reference   a response's largest pooled features, mean by rank (Fig. 2 left)
     train                          all these again for training pairs (--train_pairs; Table 2's protocol)
 Of sampled responses:
@@ -72,7 +72,7 @@ class Settings:
         metadata={"help": "training pairs too: these or the preset's", "nargs": "?", "const": ""},
     )
     json: str | None = flag(None, "file for all that is printed")
-    beta: float = flag(0.1, "β of the margins; one for all methods, so that they can be compared")
+    beta: float = flag(0.1, "β of the gaps; one for all methods, so that they can be compared")
     features_top: int = flag(0, "largest pooled features by rank (Fig. 2: 50); 0: none")
     bootstrap: int = flag(1000, "resamples for the intervals; 0: none")
     # samples: 25 a prompt from a nucleus of 0.95, as TDPO's paper does; 100 prompts, as FPO's text says

@@ -86,11 +86,11 @@ def pair_columns(table, *, method=None, beta=0.1) -> dict[str, tuple[torch.Tenso
 
     Keys: accuracy, accuracy_sum (share of pairs whose chosen response has the higher log π(y|x) / |y|, or
     log π(y|x)); reward_accuracy_mean, reward_accuracy_sum (the same of log π/π_ref) and reward_accuracy (of
-    the method's own reward); nll_chosen; teacher_forced_entropy; kl_*, mse_* and their margins.
+    the method's own reward); nll_chosen; teacher_forced_entropy; kl_*, mse_* and their gaps.
 
     Args:
         method: whose reward `reward_accuracy` is; None leaves it out.
-        beta: β of the margins |β D(y_l) - β D(y_w)| (Figs. 3, 4): one for all methods, to compare them.
+        beta: β of the gaps |β D(y_l) - β D(y_w)| (Figs. 3, 4): one for all methods, to compare them.
     """
     one = torch.ones_like(table["logps_chosen"])
     n = {side: table[f"lengths_{side}"] for side in ("chosen", "rejected")}
@@ -118,8 +118,8 @@ def pair_columns(table, *, method=None, beta=0.1) -> dict[str, tuple[torch.Tenso
         if f"{name}_chosen" in table:
             columns |= {f"{name}_{side}": (table[f"{name}_{side}"], one) for side in sides}
             if both:
-                margin = beta * table[f"{name}_rejected"] - beta * table[f"{name}_chosen"]
-                columns[f"{name}_margin"] = margin.abs(), one
+                gap = beta * table[f"{name}_rejected"] - beta * table[f"{name}_chosen"]
+                columns[f"{name}_gap"] = gap.abs(), one
     return columns
 
 

@@ -1,7 +1,6 @@
 """Every setting of a run: defaults, Table 5, presets, the command line, what is refused before any work."""
 
 import importlib.util
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -216,8 +215,6 @@ def check(config):
             refuse(f"--{name}: --preset {config.preset} needs one: a JSONL file or a hub data set")
     if config.method == "fpo" and config.sae is None:
         refuse("--sae: FPO needs one; `python -m experiments.train_sae` makes one for any model")
-    if config.shard == "fsdp" and "RANK" not in os.environ:
-        refuse("--shard fsdp: start it with torchrun")
     for name in ("out", "cache_dir"):
         check_output(name, getattr(config, name), folder=True)
     needed = {"tensorboard": ["tensorboard"], "wandb": ["wandb", "tensorboard"]}.get(config.report_to, [])

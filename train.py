@@ -185,6 +185,8 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
     config = parse_args() if config is None else config
     device = runtime.start_processes()
     rank, world = runtime.ranks()
+    if config.shard == "fsdp" and not dist.is_initialized():
+        raise UserError("--shard fsdp: start it with torchrun")
     out, say = Path(config.out), print if rank == 0 else str  # `say` prints on rank 0 alone
     resumes = config.resume and bool(saved_states(out))
     if resumes:

@@ -1,25 +1,23 @@
 """Variants of FPO: Table 4's control by features, and what the review asked for; measures of a trained model.
 
-    python -m experiments.control        Table 4 on the toy: what is sampled where a style's features are held
+    python -m experiments.control --task polite --preset toy --alpha 10 --out OUT    a style's features alone
     python -m experiments.control --responses A.jsonl B.jsonl --criterion token --preset gemma-2-2b …
     python -m experiments.control --task no_length_norm --preset toy --out OUT    sums of log π, as in DPO
     python -m experiments.control --task no_sae --preset toy --alpha 0.2 --out OUT    D of the states
-    python -m experiments.control --task polite --preset toy --alpha 10 --out OUT    a style's features alone
     python -m experiments.control --task measure --preset toy --model OUT/model --reference SFT --json FILE
 
-All other flags are train.py's. The second trains with weight 1 on the features that tell A's responses from
-B's ({"prompt": …, "response": …} lines), and 0 on all others. Table 4: --lr 2e-5 --batch_size 64 --schedule
-cosine --warmup_ratio 0.1, and --alpha 0 for a weight of 0 on all. Its data, whose own scorers judge the
-responses: google/IFEval; DAMO-NLP-MT/multialpaca, allenai/WildChat, apple/mkqa; JailbreakBench/JBB-Behaviors,
-AdvBench (llm-attacks); zeroshot/twitter-financial-news-sentiment. The held-out `mse_*` that a run of no_sae
-prints is Eq. 10 on the states.
+All other flags are train.py's. `python -m experiments.reproduce control` makes Table 4 of the toy. The second
+trains with weight 1 on the features that tell A's responses from B's ({"prompt": …, "response": …} lines),
+and 0 on all others. Table 4: --lr 2e-5 --batch_size 64 --schedule cosine --warmup_ratio 0.1, and --alpha 0
+for a weight of 0 on all. Its data, whose own scorers judge the responses: google/IFEval;
+DAMO-NLP-MT/multialpaca, allenai/WildChat, apple/mkqa; JailbreakBench/JBB-Behaviors, AdvBench
+(llm-attacks); zeroshot/twitter-financial-news-sentiment. The held-out `mse_*` that a run of no_sae prints is
+Eq. 10 on the states.
 """
 
 import argparse
 import dataclasses
-import json
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -29,16 +27,18 @@ import fpo
 import loading
 import losses
 import runtime
+import settings
 import toy
 import train
 from batches import collate, stream
 from eval_diversity import sample_responses
-from experiments import reproduce
+from runtime import refuse
 from sae import SiteHook, decoder_layers, sae_figures
 from scale import pooled_features
-from settings import parse_args as parse_run_args
 
 PAIRS, PAIRS_AT_ONCE = 500, 8  # held-out pairs that are measured; their logits are made whole, (R, L, V)
+MEASURES = ("measure", "styles")
+TASKS = ("no_length_norm", "no_sae", "random", *toy.STYLES, *MEASURES)
 
 
 # ---------------------------------------------------------------------------- losses
@@ -51,11 +51,12 @@ def loss_without_length_norm(method, policy, reference, **settings):
 def loss_of_states(method, policy, reference, *, beta, alpha, gamma, k, stop_gradient, units=()):
     """FPO (Eq. 11) with D = mean over d of (h̄_θ − h̄_ref)², h̄ the SAE's input averaged over a response.
 
-    There is no top k: a state has no zeros, and its entries have signs. Statistics.features holds h̄ (2B, d),
-    which `state_encoder` leaves there. Takes and returns what fpo.method_loss does.
+    Of several layers the mean. There is no top k: a state has no zeros, and its entries have signs.
+    Statistics.features holds h̄ (2B, d) of each layer, which `state_encoder` leaves there. Takes and returns
+    what fpo.method_loss does.
     """
-    D = (policy.features[0] - reference.features[0].detach()).square().mean(-1)  # (2B,)
-    D = D / units[0] if units else D
+    moved = zip(policy.features, reference.features, units or [1.0] * len(policy.features), strict=True)
+    D = torch.stack([(h - ref.detach()).square().mean(-1) / unit for h, ref, unit in moved]).mean(0)  # (2B,)
     parts = (policy.logps, reference.logps, policy.lengths, D)
     (w, l), (ref_w, ref_l), (n_w, n_l), (D_w, D_l) = (part.chunk(2) for part in parts)
     options = {"beta": beta, "alpha": alpha, "stop_gradient": stop_gradient}
@@ -85,6 +86,20 @@ def state_encoder(config):
 
 
 # ---------------------------------------------------------------------------- a trained model
+def load_policies(config, names, pairs=None):
+    """What measures models: a Policy of each name with the config's SAEs, pairs, and how rows are laid out.
+
+    pairs: data.Pairs; none: the held-out ones.
+    """
+    device, tokenizer = runtime.start_processes(), data.load_tokenizer(config.model)
+    saes, sites = loading.load_saes(config, device)
+    pairs = loading.load_data("eval_dataset", config, tokenizer) if pairs is None else pairs
+    saes, dtype = [sae.to(device) for sae in saes], loading.torch_dtype(config, device)  # the decoders too
+    lms = [loading.load_lm(name, device, dtype=dtype) for name in names]
+    policies = [fpo.Policy(lm, saes, sites).eval() for lm in lms]
+    return policies, pairs, loading.choose_layout(config, pairs, device)
+
+
 def read(lm, batch, layer: int, sae=None):
     """log π of each response token (N,), nats, and the layer's states (N, d) where they are predicted.
 
@@ -112,22 +127,15 @@ def measure(config) -> dict:
 
     Returns, of the chosen responses' tokens, l0, fvu (sae.sae_figures) and cross_entropy (nats), also with
     the reconstruction in the states' place; the ends of a token's log π_θ − log π_ref, nats; feature_change:
-    (m,) mean |c̄_θ − c̄_ref| over all responses.
+    (m,) mean |c̄_θ − c̄_ref| over all responses. Of several SAEs the first is measured.
     """
-    device = runtime.start_processes()
-    (sae, *_), ((layer, site), *_) = loading.load_saes(config, device)
-    if site != "res":
-        raise runtime.UserError(f"--sae_site {site}: the reconstruction is spliced in at `res` alone")
-    sae.to(device)  # the decoder too
-    tokenizer = data.load_tokenizer(config.model)
-    pairs = loading.load_data("eval_dataset", config, tokenizer)
-    rows = loading.choose_layout(config, pairs, device)
-    names, dtype = (config.model, config.reference), loading.torch_dtype(config, device)
-    lm, ref_lm = (loading.load_lm(name, device, dtype=dtype).eval() for name in names)
+    (policy, reference), pairs, rows = load_policies(config, (config.model, config.reference))
+    lm, ref_lm, sae, (layer, _) = policy.lm, reference.lm, policy.saes[0], policy.sites[0]
 
     columns: dict[str, list[torch.Tensor]] = {}
     for start in range(0, min(PAIRS, len(pairs)), PAIRS_AT_ONCE):
-        batch = collate(pairs, range(start, min(start + PAIRS_AT_ONCE, len(pairs))), **rows).to(device)
+        indices = range(start, min(start + PAIRS_AT_ONCE, len(pairs)))
+        batch = collate(pairs, indices, **rows).to(lm.device)
         (logps, h), (ref_logps, ref_h) = read(lm, batch, layer), read(ref_lm, batch, layer)
         spliced, _ = read(lm, batch, layer, sae)
         chosen = batch.owner < len(batch.lengths) // 2  # (N,): the batch's first half of responses
@@ -153,14 +161,12 @@ def feature_statistics(config, sides) -> list[tuple[torch.Tensor, torch.Tensor]]
     The mean is over responses, of the first SAE's pooled c̄ (Eq. 10); the largest is at a single token.
     sides: data.Pairs each.
     """
-    device, found = runtime.start_processes(), []
-    lm = loading.load_lm(config.model, device, dtype=loading.torch_dtype(config, device))
-    policy = fpo.Policy(lm, *loading.load_saes(config, device)).eval()
-    sae, rows = policy.saes[0], loading.choose_layout(config, sides[0], device)
+    (policy,), _, rows = load_policies(config, [config.model], sides[0])
+    sae, found = policy.saes[0], []
     for pairs in sides:
-        total = largest = torch.zeros(sae.m, device=device)
+        total = largest = torch.zeros(sae.m, device=policy.lm.device)
         groups = [range(start, min(start + 16, len(pairs))) for start in range(0, len(pairs), 16)]
-        for batch, _ in stream(pairs, groups, device=device, **rows):
+        for batch, _ in stream(pairs, groups, device=policy.lm.device, **rows):
             h = policy.read_sites(batch)[0]  # (N, d), what the SAE reads
             c = pooled_features(h, sae, batch.owner, batch.lengths)  # (2B, m); no rejected ones: 0
             total, largest = total + c.double().sum(0), torch.maximum(largest, sae.encode(h).amax(0))
@@ -187,12 +193,17 @@ def choose_features(inside, outside, criterion: str, *, n=50, seed=0) -> list[in
 
 # ---------------------------------------------------------------------------- the toy world
 def style_sides(config, style: str) -> list[data.Pairs]:
-    """The training pairs' responses of a style, and all others, each as the chosen one of a pair."""
-    pairs, sides = data.load_pairs(config.dataset, data.load_tokenizer(config.model)), ([], [])
-    records = map(json.loads, Path(config.dataset).read_text().splitlines())
-    for (prompt, *responses), record in zip(pairs, records, strict=True):
-        for name, response in zip(("chosen_style", "rejected_style"), responses, strict=True):
-            sides[0 if record[name] == style else 1].append((prompt.tolist(), response.tolist(), []))
+    """The training pairs' responses of a style, and all others, each as the chosen one of a pair.
+
+    A style is told by how a response opens, as that of samples is: so nothing asks the record, which may be
+    one that was left out, and what follows it.
+    """
+    tokenizer, sides = data.load_tokenizer(config.model), ([], [])
+    pairs = loading.load_data("dataset", config, tokenizer)
+    for prompt, *responses in (pairs[i] for i in range(len(pairs))):
+        for response in responses:
+            text = tokenizer.decode(response, skip_special_tokens=True)
+            sides[0 if toy.style_of(text) == style else 1].append((prompt.tolist(), response.tolist(), []))
     return [data.Pairs(side) for side in sides]
 
 
@@ -210,47 +221,71 @@ def style_shares(config) -> dict:
 
 
 def parse_args(argv=None):
-    """(our flags, the words that are train.py's, or reproduce.py's)."""
+    """(our flags, the settings that all others make: settings.Config)."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.error = runtime.refuse
-    flag, variants = parser.add_argument, ("no_length_norm", "no_sae", "random", *toy.STYLES)
-    flag(
-        "--task", choices=(*variants, "measure", "styles"), help="what to train or to measure; none: Table 4"
-    )
-    flag("--responses", nargs=2, help="files of responses with the feature, and without; none: on the toy")
-    flag("--criterion", default="difference", choices=("difference", "token"), help="token: the paper's")
+    parser.error, flag = refuse, parser.add_argument
+    flag("--task", choices=TASKS, help="what to train or to measure")
+    flag("--responses", nargs=2, help="instead: files of responses with the feature, and without")
+    flag("--criterion", choices=("difference", "token"), help="of features (difference); token: the paper's")
     flag("--json", help="file that `measure` and `styles` write")
-    return parser.parse_known_args(argv)
+    args, words = parser.parse_known_args(argv)
+    if (args.task is None) == (args.responses is None):
+        one = "--task or --responses is needed, and not both"
+        refuse(f"{one}; `python -m experiments.reproduce control` makes Table 4")
+    chooses = args.task is None or args.task in toy.STYLES  # features, by a criterion
+    for name, used in {"criterion": chooses, "json": args.task in MEASURES}.items():
+        if getattr(args, name) is not None and not used:
+            refuse(f"--{name} {getattr(args, name)}: --task {args.task} has no use for it")
+    if args.task in MEASURES and not args.json:
+        refuse(f"--task {args.task}: --json is needed, the file to write")
+    if args.json:
+        runtime.check_output("json", args.json, folder=False)
+    config = settings.parse_args(words)
+    check(args, config)
+    return args, config
+
+
+def check(args, config):
+    """UserError for settings of train.py that a task can't follow: each would be dropped in silence."""
+    task, of_style = (
+        f"--task {args.task}" if args.task else "--responses",
+        args.task in ("random", *toy.STYLES),
+    )
+    if config.method != "fpo":
+        refuse(f"--method {config.method}: {task} is of FPO alone")
+    if of_style and config.preset != "toy":
+        refuse(f"{task} --preset {config.preset}: it is a style of the toy's responses")
+    if len(config.sae_layer) > 1 and (of_style or args.responses):
+        refuse(f"--sae_layer {config.sae_layer}: {task} chooses features of one layer")
+    if args.task == "measure" and config.sae_site != "res":
+        refuse(f"--sae_site {config.sae_site}: the reconstruction is spliced in at `res` alone")
+
+
+def choose_sides(args, config) -> list[data.Pairs]:
+    """Responses with the feature, and without, each as the chosen one of a pair."""
+    if not args.responses:
+        return style_sides(config, "polite" if args.task == "random" else args.task)
+    tokenizer = data.load_tokenizer(config.model)  # without a rejected response they are read as SFT's are
+    configs = [dataclasses.replace(config, method="sft", dataset=source) for source in args.responses]
+    return [loading.load_data("dataset", one, tokenizer) for one in configs]
 
 
 def main(argv=None):
-    """The toy's table; or one training of a variant; or measures of a model."""
-    args, other_flags = parse_args(argv)
-    if not args.task and not args.responses:
-        if args.criterion != "difference":
-            runtime.refuse(f"--criterion {args.criterion}: it needs --responses or a style as --task")
-        return reproduce.main(["control", *other_flags])
-    config = parse_run_args(other_flags)
-    if args.task in ("measure", "styles") and not args.json:
-        raise runtime.UserError(f"--task {args.task}: --json is needed, the file to write")
+    """One training of a variant, or measures of a model."""
+    args, config = parse_args(argv)
     runtime.start_processes()
     loading.make_toy_world(config)
+    if args.task in MEASURES:
+        found = measure(config) if args.task == "measure" else style_shares(config)
+        return runtime.write_json(args.json, found)
     if args.task == "no_length_norm":
         return train.main(config, loss_function=loss_without_length_norm)
     if args.task == "no_sae":
-        return train.main(config, loss_function=loss_of_states, encoders=[state_encoder(config)])
-    if args.task in ("measure", "styles"):
-        return runtime.write_json(
-            args.json, measure(config) if args.task == "measure" else style_shares(config)
-        )
-    if args.responses:  # without a rejected one they are read as SFT's are
-        tokenizer = data.load_tokenizer(config.model)
-        configs = [dataclasses.replace(config, method="sft", dataset=source) for source in args.responses]
-        sides = [loading.load_data("dataset", one, tokenizer) for one in configs]
-    else:
-        sides = style_sides(config, "polite" if args.task == "random" else args.task)
-    criterion = "random" if args.task == "random" else args.criterion
-    features = choose_features(*feature_statistics(config, sides), criterion, seed=config.seed)
+        encoders = [state_encoder(config)] * max(1, len(config.sae_layer))
+        return train.main(config, loss_function=loss_of_states, encoders=encoders)
+    criterion = "random" if args.task == "random" else args.criterion or "difference"
+    statistics = feature_statistics(config, choose_sides(args, config))
+    features = choose_features(*statistics, criterion, seed=config.seed)
     if runtime.ranks()[0] == 0:
         print(f"weight 1 on features {features}, 0 on all others")
     train.main(config, loss_function=partial(weighted_loss, features))

@@ -5,54 +5,48 @@
     python -m experiments.reproduce frontier      accuracy at equal KL and at equal D_FPO, over β and α
     python -m experiments.reproduce control       Table 4 on the toy
     python -m experiments.reproduce comparison --preset own --model SFT --dataset F --eval_dataset G ...
+    python -m experiments.reproduce figures       the figures of results.json, drawn again; nothing is run
+    python -m experiments.reproduce curves RUN ...    what any runs of train.py logged, side by side
 
-All other flags are train.py's, for every run. No score is computed here: train.py, eval_diversity.py and
-experiments.control run as processes, on all cards that there are, and the keys of what they write are the
-tables' columns (accuracies in %, entropies and KL in nats). A run that is done is not repeated. ± is the
-sample's deviation (n − 1) over seeds: over orders of the data and draws of samples.
+All other flags are train.py's and eval_diversity.py's. A flag goes to every child that knows it: trainings
+whose method has such a setting (α is FPO's alone, as a preset's is), scores, measures. What no child knows,
+or a table sets itself, is refused, and every child's command is read by its own parser, before anything runs.
+
+No score is computed here: train.py, eval_diversity.py and experiments.control run as processes, on all cards
+that there are, and the keys of what they write are the tables' columns (accuracies in %, entropies and KL in
+nats). A run that is done is not repeated. ± is the sample's deviation (n − 1) over seeds: over orders of the
+data and draws of samples.
 """
 
 import argparse
-import hashlib
 import itertools
-import json
-import os
-import re
-import shlex
 import statistics
-import subprocess
-import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 import runtime
+import settings
 import toy
-from eval_diversity import SHARED
-from settings import PRESETS, TABLE_5
-from settings import parse_args as parse_run_args
+from experiments import figures, runs
+from experiments.runs import name_of, read_json
+from runtime import refuse
 
-# Of each method the name, a colour legible on white and on black, and the paper's numbers of Gemma-2-2B, by
-# the tables' columns (Tables 2 and 6; the review's largest and smallest log-ratio of a token, seconds).
+METHODS = ("sft", "dpo", "tdpo1", "tdpo2", "simpo", "fpo")
+# The paper's numbers of Gemma-2-2B by the tables' columns (Tables 2 and 6; the review's largest and smallest
+# log-ratio of a token, seconds).
 PAPER_COLUMNS = ("paper_accuracy", "paper_entropy", "paper_ends", "paper_seconds")
-LABELS = {
-    "sft": ("SFT", "#8c8c8c", ()),
-    "dpo": ("DPO", "#4c7fd9", (59.9, 1.66, "19, −25", 8609)),
-    "tdpo1": ("TDPO-1", "#1fa3b5", (63.2, 1.65)),
-    "tdpo2": ("TDPO-2", "#3a9d4f", (64.2, 1.68, "12, −13", 10420)),
-    "simpo": ("SimPO", "#d98324", (63.4, 1.64, "28, −32", 7901)),
-    "fpo": ("FPO", "#d6336c", (64.1, 1.68, "13, −15", 8290)),
-    "simpo_kl": ("SimPO + KL", "#9a6cd0", (63.6, 1.66)),
-    "free": ("FPO, α = 0", "#a9764a", ()),
+PAPER: dict[str, tuple] = {
+    "dpo": (59.9, 1.66, "19, −25", 8609),
+    "tdpo1": (63.2, 1.65),
+    "tdpo2": (64.2, 1.68, "12, −13", 10420),
+    "simpo": (63.4, 1.64, "28, −32", 7901),
+    "fpo": (64.1, 1.68, "13, −15", 8290),
+    "simpo_kl": (63.6, 1.66),
 }
-METHODS, GREY = ("sft", "dpo", "tdpo1", "tdpo2", "simpo", "fpo"), "#7f7f7f"
-# A table's line is (label, method, flags of train.py, the paper's values). A run is a line with a seed.
-LINES = {method: (label, method, "", paper) for method, (label, _, paper) in LABELS.items()}
+# A table's line is (label, method, words for train.py, the paper's values). A run is a line with a seed.
+LINES = {name: (look[0], name, (), PAPER.get(name, ())) for name, look in figures.LOOKS.items()}
 TABLE_3_LAYERS = {
     "res": {7: (57.2, 1.645), 13: (59.1, 1.612), 19: (59.7, 1.644), 25: (63.6, 1.680)},
     "mlp": {7: (57.4, 1.609), 13: (61.3, 1.637), 19: (62.4, 1.654), 25: (63.4, 1.671)},
@@ -83,111 +77,122 @@ FRONTIER = {  # every β, every α for each (FPO's times the preset's); γ is th
     "free": ((0.1, 0.3, 1.0, 3.0, 10.0, 30.0), (0.0,)),
     "fpo": ((0.1, 1.0, 3.0, 10.0), (0.2, 1.0, 4.0)),
 }
-
-STYLE = dict.fromkeys(("axes.titlecolor", "axes.labelcolor", "axes.edgecolor", "legend.labelcolor"), GREY)
-STYLE |= {"xtick.color": GREY, "ytick.color": GREY, "axes.titlesize": 11, "axes.labelsize": 11}
-STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
-
-
-# ---------------------------------------------------------------------------- runs
-def name_of(method: str, flags: str) -> str:
-    """A name for the runs of a line: the same settings, the same name, in whichever table."""
-    return "_".join(re.findall(r"[\w.-]+", f"{method} {flags.replace('--', '')}"))
-
-
-def scoring_flags(train_flags: list[str]) -> str:
-    """Those of train.py's flags that eval_diversity.py takes; its --dataset is the held-out pairs."""
-    names = {f"--{name}": f"--{name}" for name in SHARED}
-    names |= {"--dataset": "--train_pairs", "--eval_dataset": "--dataset"}
-    words, keep = [], False
-    for word in train_flags:
-        keep = word in names if word.startswith("--") else keep
-        words += [names.get(word, word)] if keep else []
-    return shlex.join(words if "--train_pairs" in words else ["--train_pairs", *words])  # alone: the preset's
+REACHED = {"kl_rejected": "KL of the rejected (nats)", "mse_rejected": "D_FPO of the rejected (activation²)"}
+# Columns of the tables.
+ENTROPIES = ("entropy", "teacher_forced_entropy", "teacher_forced_entropy_all", "paper_entropy")
+DISTANCES = ("kl_chosen", "kl_rejected", "mse_chosen", "mse_rejected")
+OURS = ("accuracy", "accuracy_sum", "reward_accuracy", "reward_accuracy_sum", "reward_accuracy_mean")
+MAIN = ("train_accuracy", "paper_accuracy", "accuracy", *ENTROPIES, "kl_rejected", "mse_rejected")
+SAE_FIT = ("l0", "fvu", "cross_entropy", "cross_entropy_spliced")
+TOKENS = ("chosen_largest", "chosen_smallest", "rejected_largest", "rejected_smallest", "paper_ends")
+CURVES = {"comparison": ("step", *(f"{d}_{y}" for d in ("kl", "mse") for y in ("chosen", "rejected", "gap")))}
+CURVES["frontier"] = ("step", "accuracy", *REACHED)
+# By task: presets that it is for (else all), and flags that its lines set.
+PRESETS = {"ablation": ("toy", "gemma-2-2b"), "control": ("toy",)}
+SET_BY_LINES = {
+    "comparison": (),
+    "ablation": ("sae", "sae_layer", "sae_site", "sae_l0", "stop_gradient"),
+    "frontier": ("beta",),
+    "control": ("alpha",),
+}
 
 
-def make_run(args, method: str, flags: str, seed: int) -> dict:
-    """The commands of a training and its evaluation; `sft` is the start itself, which is only evaluated.
+# ---------------------------------------------------------------------------- lines: what a task trains
+def sae_line(preset: str, layers, site: str, paper) -> tuple:
+    """FPO with SAEs on the paper's layers, or on the toy's in their place."""
+    here = [TOY_LAYER[layer] for layer in layers] if preset == "toy" else layers
+    flags = ["--sae_site", site, "--sae_layer", *map(str, here)]
+    if preset != "toy":
+        l0s = [str(GEMMA_L0[site][layer]) for layer in layers]
+        flags += ["--sae", f"google/gemma-scope-2b-pt-{site}", "--sae_l0", *l0s]
+    if site == "res" and tuple(layers) == (25,):
+        flags = []  # the preset's
+    label, there = (" ".join(map(str, numbers)) for numbers in (here, layers))
+    return f"{site}, layer {label} (paper: {there})", "fpo", tuple(flags), paper
 
-    method: one of train.py's, or a variant of FPO that experiments.control trains.
+
+def alpha_line(label: str, method: str, alpha: float, preset_alpha=None, paper=()) -> tuple:
+    """A line at this α; the preset's is not spelled out, so that tables share its runs."""
+    return label, method, () if alpha == preset_alpha else ("--alpha", f"{alpha:g}"), paper
+
+
+def comparison_plan(args) -> dict:
+    """{a table's title: (its lines, its columns)} of Table 2 right; and FPO over α."""
+    methods = [LINES[method] for method in METHODS]
+    alphas = [factor * args.alpha for factor in ALPHAS]
+    by_alpha = [alpha_line(f"α = {alpha:g}", "fpo", alpha, args.alpha) for alpha in alphas]
+    return {
+        "Table 2, right: accuracy": (methods, ("train_accuracy", "paper_accuracy", *OURS)),
+        "Table 2, right: entropy": (methods, ENTROPIES),
+        "Distance from the reference": (methods, DISTANCES),
+        "FPO by α": (by_alpha, ("accuracy", "entropy", *DISTANCES)),
+    }
+
+
+def ablation_plan(args, equal_alpha=None) -> dict:
+    """Tables 3, 6 and 7, by the preset's SAE in every row; then what the review added.
+
+    equal_alpha: α at which FPO without the SAE ends with FPO's D_FPO; none: not known yet.
     """
-    name, preset, own = name_of(method, flags), f"--preset {args.preset}", shlex.join(args.train_flags)
-    out, task = f"{args.out}/{name}_seed{seed}", f"train.py --method {method}"
-    if method not in TABLE_5:
-        task = f"-m experiments.control --task {method}"
-    models = f"--model {args.start if method == 'sft' else f'{out}/model'} --reference {args.start}"
-    training = f"{args.python} {task} {preset} --model {args.start} --seed {seed} --out {out}"
-    training += f" --eval_every {args.eval_every} --eval_kl {own} {flags}"
-    scoring = f"{args.python} eval_diversity.py {preset} {models} {scoring_flags(args.train_flags)}"
-    scoring += f" --seed {seed} --samples {args.samples} --features_top 50 --json {out}/scored.json"
-    measure = "styles" if args.task == "control" else "measure"
-    measuring = f"python -m experiments.control --task {measure} {preset} {own} {models}"
-    measuring += f" --seed {seed}" * (args.task == "control") + f" --json {out}/measured.json"
-    commands = [training] if method != "sft" else []
-    if args.task != "frontier":  # training's own evaluations are enough there
-        commands += [scoring] if flags and args.task != "control" else [scoring, measuring]
-    commands = [" ".join(text.split()) for text in commands]
-    return {"name": name, "method": method, "seed": seed, "folder": out, "commands": commands}
+    layers, alphas, methods = [], [], [LINES[method] for method in METHODS]
+    for site, papers in TABLE_3_LAYERS.items():
+        layers += [sae_line(args.preset, [layer], site, paper) for layer, paper in papers.items()]
+    for alpha, (through, stopped) in TABLE_3_ALPHAS.items():
+        line = alpha_line(f"α = {alpha:g}, with stop-gradient", "fpo", alpha, args.alpha, stopped)
+        flags = (*line[2], "--no_stop_gradient")
+        alphas += [(f"α = {alpha:g}, no stop-gradient", "fpo", flags, through), line]
+    several = [sae_line(args.preset, layers, "res", paper) for layers, paper in TABLE_7.items()]
+    parts = [LINES["fpo"], ("no length normalisation", "no_length_norm", (), ())]
+    parts += [alpha_line(f"no SAE, α = {alpha:g}", "no_sae", alpha) for alpha in STATE_ALPHAS]
+    if equal_alpha:
+        parts.append(alpha_line(f"no SAE, α = {equal_alpha:g}: FPO's D_FPO", "no_sae", equal_alpha))
+    return {
+        "Table 3, layer and site": (layers, MAIN),
+        "Table 3, α and stop-gradient": (alphas, MAIN),
+        "Table 6, SimPO + KL": ([LINES[name] for name in ("fpo", "simpo_kl", "simpo", "tdpo2")], MAIN),
+        "Table 7, several layers": (several, MAIN),
+        "FPO without its parts": (parts, (*OURS, *ENTROPIES[:3], "kl_rejected", "mse_rejected")),
+        "The SAE before alignment (SFT) and after": (methods, SAE_FIT),
+        "log π_θ − log π_ref of a token (nats)": (methods[1:], TOKENS),
+        "Time of the training steps (s)": (methods[1:], ("train_seconds", "paper_seconds")),
+    }
 
 
-def read_json(path) -> dict:
-    """What a JSON file holds; {} where there is none."""
-    return json.loads(Path(path).read_text()) if Path(path).exists() else {}
+def control_plan(args) -> dict:
+    """Table 4 on the toy: D_FPO of a style's features alone, of as many by chance, of all, and of none."""
+    sides = {"all": "fpo", "random": "random", "polite": "polite", "shout": "shout"}
+    lines = [LINES["sft"], alpha_line("no constraint", "fpo", 0)]
+    lines += [alpha_line(f"{name} features", method, 10) for name, method in sides.items()]
+    return {"Table 4 on the toy world": (lines, ("accuracy", "entropy", *(f"share_{s}" for s in toy.STYLES)))}
 
 
-def do_run(run: dict) -> str:
-    """The run's commands in turn, unless run.json, which comes last, tells of the same. Its folder."""
-    folder, began = Path(run["folder"]), time.perf_counter()
-    if run.items() <= read_json(folder / "run.json").items():
-        return run["folder"]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "run.json").unlink(missing_ok=True)
-    with open(folder / "log.txt", "w") as log:
-        for text in run["commands"]:
-            words, env = [sys.executable, *shlex.split(text)[1:]], {**os.environ, "OMP_NUM_THREADS": "1"}
-            if status := subprocess.run(words, stdout=log, stderr=log, env=env).returncode:
-                raise runtime.UserError(f"{text}: ended with status {status}, see {folder / 'log.txt'}")
-    made = runtime.made_by() | {"seconds": round(time.perf_counter() - began, 1)}
-    runtime.write_json(folder / "run.json", run | made)
-    return run["folder"]
+def frontier_plan(args) -> dict:
+    """{method: (its settings, a line each, no columns)}."""
+    plan = {}
+    for method, (betas, alphas) in FRONTIER.items():
+        name, lines = "fpo" if method == "free" else method, []
+        for beta, alpha in itertools.product(betas, alphas):
+            alpha = alpha * args.alpha if method == "fpo" else alpha
+            flags = ["--beta", f"{beta:g}", *([] if alpha is None else ["--alpha", f"{alpha:g}"])]
+            lines.append(("", name, tuple(flags), ()))
+        plan[method] = lines, ()
+    return plan
 
 
-def do_lines(args, lines) -> list[dict]:
-    """Do the runs of some tables' lines, `at_once` side by side, and return their rows of results.json."""
-    weights = sorted(Path(args.start).glob("*.safetensors"))
-    start = [hashlib.sha256(path.read_bytes()).hexdigest() for path in weights]
-    runs = {}  # by folder: tables share runs
-    for (_, method, flags, _), seed in itertools.product(lines, args.seeds):
-        run = make_run(args, method, flags, seed) | {"start": start}
-        runs[run["folder"]] = run
-    with ThreadPoolExecutor(args.at_once) as pool:
-        for number, folder in enumerate(pool.map(do_run, runs.values()), 1):
-            print(f"{number} of {len(runs)} runs: {folder}", flush=True)
-    return [collect(folder) for folder in runs]
+PLANS = {
+    "comparison": comparison_plan,
+    "ablation": ablation_plan,
+    "frontier": frontier_plan,
+    "control": control_plan,
+}
 
 
-# ---------------------------------------------------------------------------- numbers
-def collect(folder: str) -> dict:
-    """A row of results.json: how a run was made, its scores, and those of held-out pairs over training."""
-    files = ("run", "config", "scored", "measured", "scores")
-    run, config, scores, measured, ends = (read_json(f"{folder}/{name}.json") for name in files)
-    measured.pop("feature_change", None)  # long: the figure reads it from the run's folder
-    scores, curve = scores | measured, []
-    if "train" in scores:  # Table 2's protocol
-        scores["train_accuracy"] = scores["train"]["accuracy"]
-    if ends:  # SFT is not trained
-        steps = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
-        scores["train_seconds"] = sum(config["batch_size"] / step["pairs_per_s"] for step in steps)
-        held_out = {0: ends["before"]}
-        for step in steps:
-            found = {name[5:]: value for name, value in step.items() if name.startswith("eval_")}
-            held_out |= {step["step"]: found} if found else {}
-        held_out[steps[-1]["step"]] = ends["after"]
-        curve = [{"step": step, **found} for step, found in held_out.items()]
-    floor = (config.get("audit", {}).get("floor") or 0) / statistics.mean(config.get("units") or [1])
-    return run | {"scores": scores, "curve": curve, "floor": floor}  # D_FPO that rounding makes
+def lines_of(plan: dict) -> list[tuple]:
+    """All lines of a plan's tables."""
+    return [line for lines, _ in plan.values() for line in lines]
 
 
+# ---------------------------------------------------------------------------- tables
 def values_of(rows: list[dict], name: str, key: str) -> list[float]:
     """A score of every seed of the runs of this name."""
     return [row["scores"][key] for row in rows if row["name"] == name and key in row["scores"]]
@@ -211,172 +216,6 @@ def table(rows, lines, columns) -> str:
     return "\n".join(text) + "\n"
 
 
-# ---------------------------------------------------------------------------- figures
-def draw(panels, legend_columns=7):
-    """A row of panels over one legend, transparent, in mid-grey: legible on white and on black.
-
-    panels: (title, label of x, label of y, {method, or any label: (x, y of each seed)}). A line is the mean
-    over seeds, shaded by the sample's deviation. Returns the figure, at most 900 pixels wide.
-    """
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(min(9.4, 1 + 4 * len(panels)), 3.4), layout="constrained")
-        figure.patch.set_alpha(0)
-        axes = figure.subplots(1, len(panels), squeeze=False)[0]
-        for ax, (title, xlabel, ylabel, lines) in zip(axes, panels, strict=True):
-            ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
-            ax.patch.set_alpha(0)
-            for name, (x, seeds) in lines.items():
-                label, colour, _ = LABELS.get(name, (name, None, ()))
-                y = np.mean(seeds, 0)
-                ax.plot(x, y, color=colour, label=label)
-                if len(seeds) > 1:
-                    d = np.std(seeds, 0, ddof=1)
-                    ax.fill_between(x, y - d, y + d, color=colour, alpha=0.2, linewidth=0)
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=legend_columns)
-    return figure
-
-
-def draw_curves(rows, key: str, what: str):
-    """Fig. 3 (key "kl") or Fig. 4 right ("mse"): D of chosen, of rejected, and |β D(y_l) − β D(y_w)|.
-
-    Each is a mean over held-out pairs, then over seeds. β is 0.1 for all methods.
-    """
-    panels = []
-    for side in ("chosen", "rejected", "margin"):
-        lines = {}
-        for name in METHODS[1:]:
-            curves = [row["curve"] for row in rows if row["name"] == name]
-            values = [[point[f"{key}_{side}"] for point in curve] for curve in curves]
-            lines[name] = [point["step"] for point in curves[0]], values
-        floor = max(row.get("floor", 0) for row in rows)
-        if key == "mse" and side != "margin" and floor > 0:
-            lines["rounding alone"] = [0, max(point["step"] for point in curves[0])], [[floor, floor]]
-        panels.append((side, "training step", "|β D(y_l) − β D(y_w)|" if side == "margin" else what, lines))
-    return draw(panels)
-
-
-def draw_features(rows):
-    """Fig. 2 left, and what it leaves open: which features move.
-
-    The 50 largest pooled activations by rank, of the first seed; and mean |c̄_θ − c̄_ref| of the 50 features
-    that DPO moves most, in DPO's order, mean over seeds.
-    """
-    largest, change, rank = {}, {}, range(1, 51)
-    for name in METHODS:
-        mine = [row for row in rows if row["name"] == name]
-        largest[name] = rank, [mine[0]["scores"]["activations_policy"]]
-        seeds = [read_json(f"{row['folder']}/measured.json")["feature_change"] for row in mine]
-        change[name] = np.mean(seeds, 0)  # (m,)
-    most = np.argsort(-change["dpo"], kind="stable")[:50]
-    moved = {name: (rank, [values[most]]) for name, values in change.items()}
-    left = ("largest activations", "feature, by its rank", "mean c̄", largest)
-    right = ("moved by training", "feature, by its rank under DPO", "mean |c̄_θ − c̄_ref|", moved)
-    return draw([left, right])
-
-
-def save(figure, path: Path):
-    """A figure as SVG: the same bytes for the same figure."""
-    with matplotlib.rc_context({"svg.hashsalt": path.stem}):
-        figure.savefig(path, metadata={"Date": None})
-
-
-def publish(args, rows, tables: dict, figures: dict):
-    """Write rows into results.json, the tables as TASK.md, the figures as SVG; print the tables."""
-    assets, text = Path(args.assets), "\n".join(f"**{title}**\n\n{body}" for title, body in tables.items())
-    results = read_json(assets / "results.json") | {args.task: runtime.made_by() | {"rows": rows}}
-    runtime.write_json(assets / "results.json", results)
-    runtime.write_text(assets / f"{args.task}.md", text)
-    for name, figure in figures.items():
-        save(figure, assets / f"{name}.svg")
-    print(text)
-
-
-# ---------------------------------------------------------------------------- the paper's, and the review's
-def sae_line(preset: str, layers, site: str, paper) -> tuple:
-    """FPO with SAEs on the paper's layers, or on the toy's in their place."""
-    mine = [TOY_LAYER[layer] for layer in layers] if preset == "toy" else layers
-    here, there = (" ".join(map(str, numbers)) for numbers in (mine, layers))
-    flags = f"--sae_site {site} --sae_layer {here}"
-    if preset != "toy":
-        l0s = " ".join(str(GEMMA_L0[site][layer]) for layer in layers)
-        flags += f" --sae google/gemma-scope-2b-pt-{site} --sae_l0 {l0s}"
-    flags = "" if (site, there) == ("res", "25") else flags  # the preset's
-    return f"{site}, layer {here} (paper: {there})", "fpo", flags, paper
-
-
-ENTROPIES = ("entropy", "teacher_forced_entropy", "teacher_forced_entropy_all", "paper_entropy")
-DISTANCES = ("kl_chosen", "kl_rejected", "mse_chosen", "mse_rejected")
-OURS = ("accuracy", "accuracy_sum", "reward_accuracy", "reward_accuracy_sum", "reward_accuracy_mean")
-MAIN = ("train_accuracy", "paper_accuracy", "accuracy", *ENTROPIES, "kl_rejected", "mse_rejected")
-SAE_FIT = ("l0", "fvu", "cross_entropy", "cross_entropy_spliced")
-TOKENS = ("chosen_largest", "chosen_smallest", "rejected_largest", "rejected_smallest", "paper_ends")
-
-
-def comparison(args):
-    """Table 2 right, Fig. 2 left, Fig. 3, Fig. 4 right: six methods; and FPO over α."""
-    methods, alphas = [LINES[method] for method in METHODS], []
-    for alpha in (factor * args.alpha for factor in ALPHAS):
-        flags = "" if alpha == args.alpha else f"--alpha {alpha:g}"
-        alphas.append((f"α = {alpha:g}", "fpo", flags, ()))
-    plan = {
-        "Table 2, right: accuracy": (methods, ("train_accuracy", "paper_accuracy", *OURS)),
-        "Table 2, right: entropy": (methods, ENTROPIES),
-        "Distance from the reference": (methods, DISTANCES),
-        "FPO by α": (alphas, ("accuracy", "entropy", *DISTANCES)),
-    }
-    rows = do_lines(args, methods + alphas)
-    figures = {"kl": draw_curves(rows, "kl", "KL(ref‖policy) (nats)"), "features": draw_features(rows)}
-    figures["mse"] = draw_curves(rows, "mse", "D_FPO (activation²)")
-    publish(args, rows, {title: table(rows, *parts) for title, parts in plan.items()}, figures)
-
-
-def equal_size_alpha(rows) -> float:
-    """α at which FPO without the SAE ends with FPO's D_FPO: between STATE_ALPHAS' runs, in logarithms."""
-    names = ["fpo", *(name_of("no_sae", f"--alpha {alpha:g}") for alpha in STATE_ALPHAS)]
-    wanted, *D = (np.log(statistics.mean(values_of(rows, name, "mse_rejected"))) for name in names)
-    D, alphas = zip(*sorted(zip(D, np.log(STATE_ALPHAS), strict=True)), strict=True)
-    return float(f"{np.exp(np.interp(wanted, D, alphas)):.2g}")  # beyond them the nearest
-
-
-def ablation(args):
-    """Tables 3, 6 and 7, by the preset's SAE in every row; then what the review added."""
-    # ---- lines
-    layers, alphas, methods = [], [], [LINES[method] for method in METHODS]
-    for site, papers in TABLE_3_LAYERS.items():
-        layers += [sae_line(args.preset, [layer], site, paper) for layer, paper in papers.items()]
-    for alpha, (through, stopped) in TABLE_3_ALPHAS.items():
-        flags = "" if alpha == args.alpha else f"--alpha {alpha:g}"
-        alphas.append((f"α = {alpha:g}, no stop-gradient", "fpo", f"{flags} --no_stop_gradient", through))
-        alphas.append((f"α = {alpha:g}, with stop-gradient", "fpo", flags, stopped))
-    several = [sae_line(args.preset, layers, "res", paper) for layers, paper in TABLE_7.items()]
-    parts = [LINES["fpo"], ("no length normalisation", "no_length_norm", "", ())]
-    parts += [(f"no SAE, α = {alpha:g}", "no_sae", f"--alpha {alpha:g}", ()) for alpha in STATE_ALPHAS]
-    alpha = equal_size_alpha(do_lines(args, parts))
-    parts.append((f"no SAE, α = {alpha:g}: FPO's D_FPO", "no_sae", f"--alpha {alpha:g}", ()))
-    # ---- tables
-    plan = {
-        "Table 3, layer and site": (layers, MAIN),
-        "Table 3, α and stop-gradient": (alphas, MAIN),
-        "Table 6, SimPO + KL": ([LINES[name] for name in ("fpo", "simpo_kl", "simpo", "tdpo2")], MAIN),
-        "Table 7, several layers": (several, MAIN),
-        "FPO without its parts": (parts, (*OURS, *ENTROPIES[:3], "kl_rejected", "mse_rejected")),
-        "The SAE before alignment (SFT) and after": (methods, SAE_FIT),
-        "log π_θ − log π_ref of a token (nats)": (methods[1:], TOKENS),
-        "Time of the training steps (s)": (methods[1:], ("train_seconds", "paper_seconds")),
-    }
-    rows = do_lines(args, [line for lines, _ in plan.values() for line in lines])
-    publish(args, rows, {title: table(rows, *parts) for title, parts in plan.items()}, {})
-
-
-def control(args):
-    """Table 4 on the toy: D_FPO of a style's features alone, of as many by chance, of all, and of none."""
-    sides = {"all": "fpo", "random": "random", "polite": "polite", "shout": "shout"}
-    lines = [LINES["sft"], ("no constraint", "fpo", "--alpha 0", ())]
-    lines += [(f"{name} features", method, "--alpha 10", ()) for name, method in sides.items()]
-    rows, columns = do_lines(args, lines), ("accuracy", "entropy", *(f"share_{s}" for s in toy.STYLES))
-    publish(args, rows, {"Table 4 on the toy world": table(rows, lines, columns)}, {})
-
-
 # ---------------------------------------------------------------------------- the frontier
 def best_within(rows, names, key: str, level: float) -> float:
     """A method's best held-out accuracy at a distance of at most `level`: that of its best setting.
@@ -386,103 +225,215 @@ def best_within(rows, names, key: str, level: float) -> float:
     """
     best = {name: [] for name in names}
     for row in (row for row in rows if row["name"] in best):
-        found = [point["accuracy"] for point in row["curve"] if point[key] <= level]
-        for before, after in itertools.pairwise(row["curve"]):
-            if before[key] <= level < after[key]:
-                ends = ([point[name] for point in (before, after)] for name in (key, "accuracy"))
-                found.append(np.interp(level, *ends))
+        points = list(zip(row["curve"][key], row["curve"]["accuracy"], strict=True))
+        found = [accuracy for distance, accuracy in points if distance <= level]
+        for (before, low), (after, high) in itertools.pairwise(points):
+            if before <= level < after:
+                found.append(np.interp(level, (before, after), (low, high)))
         best[row["name"]].append(max(found))
     return max(map(statistics.mean, best.values()))
 
 
-def compare(rows, settings: dict, key: str) -> tuple[str, dict]:
-    """A table of methods at distances that all of them reach, the best at the largest first; and its lines.
+def reach_of(rows, names, key: str) -> float:
+    """The largest distance that any of these runs was scored at."""
+    return max(max(row["curve"][key]) for row in rows if row["name"] in names)
+
+
+def compare(rows, settings: dict, key: str) -> str:
+    """A table of methods at distances that all of them reach, the best at the largest first.
 
     settings: {method: names of its runs}.
     """
-    reach = {}
-    for method, names in settings.items():
-        reach[method] = max(point[key] for row in rows if row["name"] in names for point in row["curve"])
-    most = min(reach.values())
+    most = min(reach_of(rows, names, key) for names in settings.values())
     levels = [float(f"{share * most:.2g}") for share in (0.03, 0.1, 0.3, 1.0)]
-    best, lines, curves = [], [], {}
+    best, lines = [], []
     for method, names in settings.items():
         found = {f"accuracy_within_{level:g}": best_within(rows, names, key, level) for level in levels}
         best.append({"name": method, "scores": found})
-        lines.append((f"{LABELS[method][0]} ({len(names)} settings)", method, "", ()))
-        grid = [most / 50 * (50 * reach[method] / most) ** (i / 40) for i in range(41)]
-        curves[method] = grid, [[best_within(rows, names, key, level) for level in grid]]
+        lines.append((f"{LINES[method][0]} ({len(names)} settings)", method, (), ()))
     lines.sort(key=lambda line: -values_of(best, line[1], list(found)[-1])[0])
-    return table(best, lines, found), curves
+    return table(best, lines, found)
 
 
-def frontier(args):
-    """Methods at equal distance from the reference: the best of their settings, at any step of training."""
-    lines, settings = [], {}
-    for method, (betas, alphas) in FRONTIER.items():
-        for beta, alpha in itertools.product(betas, alphas):
-            alpha = alpha * args.alpha if method == "fpo" else alpha
-            flags = f"--beta {beta:g}" + ("" if alpha is None else f" --alpha {alpha:g}")
-            lines.append(("", "fpo" if method == "free" else method, flags, ()))
-            settings.setdefault(method, []).append(name_of(lines[-1][1], flags))
-    rows, tables, panels = do_lines(args, lines), {}, []
-    keys = {"kl_rejected": "KL of the rejected (nats)", "mse_rejected": "D_FPO of the rejected (activation²)"}
-    for key, what in keys.items():
-        tables[f"Held-out accuracy at equal {what}"], curves = compare(rows, settings, key)
-        panels.append(("", what, "accuracy, held out", curves))
-    figure = draw(panels)
-    for ax, key in zip(figure.axes, keys, strict=True):  # every evaluation, a point
-        ax.set_xscale("log")
+def draw_frontier(rows, settings: dict):
+    """Each method's envelope: the best held-out accuracy within a distance, over its settings and steps."""
+    panels = []
+    for key, what in REACHED.items():
+        reach = {method: reach_of(rows, names, key) for method, names in settings.items()}
+        first, envelopes = min(reach.values()) / 50, {}
         for method, names in settings.items():
-            points = [point for row in rows if row["name"] in names for point in row["curve"][1:]]
-            x, y = [point[key] for point in points], [point["accuracy"] for point in points]
-            ax.scatter(x, y, s=6, color=LABELS[method][1], alpha=0.5, linewidths=0)
-    publish(args, rows, tables, {"frontier": figure})
+            grid = [first * (reach[method] / first) ** (i / 40) for i in range(41)]
+            envelopes[method] = grid, [[best_within(rows, names, key, level) for level in grid]]
+        panels.append(("", f"within this {what}", "best accuracy, held out", envelopes))
+    return figures.draw(panels, log_x=True)
 
 
+# ---------------------------------------------------------------------------- what comes out
+def slim(row, columns, curve) -> dict:
+    """What tables and figures need of a run, to six digits: a row of results.json."""
+    kept = {key: row["scores"][key] for key in columns if key in row["scores"]}
+    scores = {key: float(f"{value:.6g}") for key, value in kept.items()}
+    lists = {key: [float(f"{value:.6g}") for value in row["curve"][key]] for key in curve if row["curve"]}
+    return {"name": row["name"], "seed": row["seed"], "floor": row["floor"], "scores": scores, "curve": lists}
+
+
+def features_of(rows) -> dict:
+    """What `figures.draw_features` shows of runs, whose rows are whole."""
+    mine = {name: [row for row in rows if row["name"] == name] for name in METHODS}
+    change = {name: np.mean([row["feature_change"] for row in mine[name]], 0) for name in METHODS}  # (m,)
+    most = np.argsort(-change["dpo"], kind="stable")[:50]
+    largest = {name: mine[name][0]["scores"]["activations_policy"] for name in METHODS}
+    moved = {name: change[name][most].tolist() for name in METHODS}
+    return {"largest": largest, "moved": moved}
+
+
+def publish(args, rows, plan: dict, tables: dict, **more):
+    """Write rows into results.json, the tables as TASK.md, the figures as SVG; print the tables."""
+    columns = dict.fromkeys(key for _, keys in plan.values() for key in keys)
+    part = runtime.made_by() | {
+        "rows": [slim(row, columns, CURVES.get(args.task, ())) for row in rows],
+        **more,
+    }
+    assets, text = Path(args.assets), "\n".join(f"**{title}**\n\n{body}" for title, body in tables.items())
+    runtime.write_json(assets / "results.json", read_json(assets / "results.json") | {args.task: part})
+    runtime.write_text(assets / f"{args.task}.md", text)
+    draw_figures(assets, {args.task: part})
+    print(text)
+
+
+def draw_figures(assets, results: dict):
+    """The figures of these parts of results.json."""
+    drawn = {}
+    if part := results.get("comparison"):
+        drawn["kl"] = figures.draw_distance(part["rows"], "kl", "KL(ref‖policy) (nats)", METHODS[1:])
+        drawn["mse"] = figures.draw_distance(part["rows"], "mse", "D_FPO (activation²)", METHODS[1:])
+        drawn["features"] = figures.draw_features(part["features"])
+    if part := results.get("frontier"):
+        drawn["frontier"] = draw_frontier(part["rows"], part["settings"])
+    for name, figure in drawn.items():
+        figures.save(figure, Path(assets, f"{name}.svg"))
+
+
+def equal_size_alpha(rows) -> float:
+    """α at which FPO without the SAE ends with FPO's D_FPO: between STATE_ALPHAS' runs, in logarithms."""
+    names = ["fpo", *(name_of("no_sae", ("--alpha", f"{alpha:g}")) for alpha in STATE_ALPHAS)]
+    wanted, *D = (np.log(statistics.mean(values_of(rows, name, "mse_rejected"))) for name in names)
+    D, alphas = zip(*sorted(zip(D, np.log(STATE_ALPHAS), strict=True)), strict=True)
+    return float(f"{np.exp(np.interp(wanted, D, alphas)):.2g}")  # beyond them the nearest
+
+
+def run_task(args):
+    """The runs of a task, then its tables and figures."""
+    plan, more = PLANS[args.task](args), {}
+    rows = runs.do_lines(args, lines_of(plan))
+    if args.task == "ablation":  # one line more, which those runs tell
+        plan = ablation_plan(args, equal_size_alpha(rows))
+        rows = runs.do_lines(args, lines_of(plan))
+    if args.task == "frontier":
+        more["settings"] = {name: [name_of(*line[1:3]) for line in part[0]] for name, part in plan.items()}
+        titles = {f"Held-out accuracy at equal {what}": key for key, what in REACHED.items()}
+        tables = {title: compare(rows, more["settings"], key) for title, key in titles.items()}
+    else:
+        tables = {title: table(rows, *part) for title, part in plan.items()}
+    if args.task == "comparison":
+        more["features"] = features_of(rows)
+    publish(args, rows, plan, tables, **more)
+
+
+# ---------------------------------------------------------------------------- the command line
 def parse_args(argv=None):
-    """Our flags, and train.py's, which are checked. Defaults follow from the preset."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    flag = parser.add_argument
-    flag("task", choices=("comparison", "ablation", "frontier", "control"))
-    flag("--preset", default="toy", choices=PRESETS, help="train.py's (toy)")
-    flag("--model", help="the SFT model that all start from (the preset's, made if missing)")
-    flag("--seeds", type=int, nargs="+", help="(0 1 2; frontier 0)")
-    flag("--samples", type=int, default=25, help="responses a prompt for the entropy (25)")
-    flag("--out", help="folder of all runs (runs/PRESET/reproduce, or control)")
-    flag("--assets", default="assets", help="folder of results.json, tables and figures (assets)")
-    args, args.train_flags = parser.parse_known_args(argv)
-    allowed = {"ablation": ("toy", "gemma-2-2b"), "control": ("toy",)}.get(args.task, PRESETS)
-    if args.preset not in allowed:
-        raise runtime.UserError(f"{args.task} --preset {args.preset}: one of {', '.join(allowed)}")
-    for word in args.train_flags:  # a run has its own seed; scoring_flags takes names as train.py spells them
-        if re.match(r"--(seed|method|reference)$|--\w*[-=]", word):
-            raise runtime.UserError(
-                f"{word}: not taken here; write --NAME VALUE, with _, and --seeds for seeds"
-            )
+    """Our flags, and `flags`, the children's by name. Defaults follow from the preset. All is checked."""
+    about = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser(allow_abbrev=False, **about)
+    kinds, names = (
+        parser.add_subparsers(dest="task", required=True, metavar="TASK"),
+        (*PLANS, "figures", "curves"),
+    )
+    kind = {task: kinds.add_parser(task, allow_abbrev=False) for task in names}
+    for each in (parser, *kind.values()):
+        each.error = refuse
+    for task in PLANS:
+        flag = kind[task].add_argument
+        flag("--preset", default="toy", choices=settings.PRESETS, help="train.py's (toy)")
+        flag("--model", help="the SFT model that all start from (the preset's, made if missing)")
+        flag("--seeds", type=int, nargs="+", help="(0 1 2; frontier 0)")
+        flag("--samples", help="responses a prompt for the entropy (25)")
+        flag("--out", help="folder of all runs (runs/PRESET/reproduce, or control)")
+    for task in (*PLANS, "figures"):
+        kind[task].add_argument("--assets", default="assets", help="folder of what comes out (assets)")
+    kind["curves"].add_argument("runs", nargs="+", metavar="RUN", help="folder of a run: its --out")
+    kind["curves"].add_argument("--svg", default="curves.svg", help="the figure's file (curves.svg)")
+    args, words = parser.parse_known_args(argv)
+    args.flags = runs.group_flags(words)
+    if args.task in PLANS:
+        fill_in(args)
+        check(args)
+    elif args.flags:
+        refuse(f"--{next(iter(args.flags))}: {args.task} has no such flag")
+    return args
+
+
+def fill_in(args):
+    """What follows from the preset: where all start, folders, seeds, how children are started, FPO's α."""
     is_toy = args.preset == "toy"
-    cards = 0 if is_toy else torch.cuda.device_count()
-    many = f" -m torch.distributed.run --standalone --nproc_per_node {cards}"
-    args.python, args.at_once = "python" + many * (cards > 1), 1 if cards else 2  # a thread each
-    args.seeds = args.seeds or ([0] if args.task == "frontier" else [0, 1, 2])
-    args.eval_every = 200 if not is_toy else 10 if args.task == "frontier" else 25
     # Control measures other things of the same settings: its runs are its own.
     args.out = args.out or f"runs/{args.preset}/{'control' if args.task == 'control' else 'reproduce'}"
     args.start = args.model or ("runs/toy/model" if is_toy else f"runs/{args.preset}/sft/model")
-    args.alpha = parse_run_args(["--preset", args.preset, "--model", args.start, *args.train_flags]).alpha
-    return args
+    args.makes_start = not (is_toy or args.model or Path(args.start).is_dir())
+    args.seeds = args.seeds or ([0] if args.task == "frontier" else [0, 1, 2])
+    args.eval_every = 200 if not is_toy else 10 if args.task == "frontier" else 25
+    cards, shards = 0 if is_toy else torch.cuda.device_count(), args.flags.get("shard", [])[1:] == ["fsdp"]
+    args.at_once = 1 if cards else 2  # a thread each
+    many = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(max(1, cards))]
+    args.python = ["python", *(many if cards > 1 or shards else [])]
+    words = ["--preset", args.preset, "--model", args.start]
+    for name in ("alpha", "dataset", "eval_dataset", "sae"):  # α, and what the preset `own` must be given
+        words += args.flags.get(name, [])
+    args.alpha = settings.parse_args(words).alpha
+
+
+def check(args):
+    """UserError for what a task can't do, or would drop, before anything runs."""
+    task, lines = args.task, lines_of(PLANS[args.task](args))
+    allowed = PRESETS.get(task, settings.PRESETS)
+    if args.preset not in allowed:
+        refuse(f"{task} --preset {args.preset}: one of {', '.join(allowed)}")
+    children = ({line[1] for line in lines} - {"sft"}) | ({"sft"} if args.makes_start else set())
+    children |= set() if task == "frontier" else {"score", "measure"}
+    for name, field in ((name, runs.field_of(name)) for name in args.flags):
+        if field in (*runs.SET_HERE, *SET_BY_LINES[task]):
+            which = "--seeds gives them" if name == "seed" else f"{task} sets it for each of its runs"
+            refuse(f"--{name}: not taken here: {which}")
+        if not any(runs.knows(child, name) for child in children):
+            refuse(f"--{name}: no run of {task} has such a flag")
+    if task == "frontier" and args.samples is not None:
+        refuse(f"--samples {args.samples}: frontier samples nothing")
+    if args.makes_start and (given := {"dataset", "eval_dataset"} & args.flags.keys()):
+        told = f"train.py --method sft --preset {args.preset} makes it, from other data; then give --model"
+        refuse(f"--{given.pop()}: {args.start} is not there; {told}")
+    runtime.check_output("assets", args.assets, folder=True)
+    commands = [runs.sft_command(args)] if args.makes_start else []
+    for (_, method, flags, _), seed in itertools.product(lines, {min(args.seeds), max(args.seeds)}):
+        commands += runs.make_run(args, method, flags, seed)["commands"]
+    runs.check_commands(commands)
 
 
 def main(argv=None):
     """What all runs start from, where it is missing; then the runs, the tables and the figures."""
     args = parse_args(argv)
+    if args.task == "curves":
+        figures.save(figures.draw_curves(args.runs), args.svg)
+        return print(args.svg)
+    if args.task == "figures":
+        return draw_figures(args.assets, read_json(Path(args.assets, "results.json")))
     if args.preset == "toy":
-        toy.make_world("runs/toy", all_saes=args.task == "ablation")
-    elif not args.model and not Path(args.start).is_dir():
-        sft = f"{args.python} train.py --method sft --preset {args.preset}"
-        subprocess.run([sys.executable, *sft.split()[1:]], check=True)
-    tasks = {"comparison": comparison, "ablation": ablation, "frontier": frontier, "control": control}
-    tasks[args.task](args)
+        elsewhere = {"sae_layer", "sae_site"} & args.flags.keys()
+        toy.make_world("runs/toy", all_saes=args.task == "ablation" or bool(elsewhere))
+    elif args.makes_start:
+        log = Path(args.start).parent / "log.txt"
+        print(f"making {args.start}; its log is {log}", flush=True)
+        runs.do_commands([runs.sft_command(args)], log)
+    run_task(args)
 
 
 if __name__ == "__main__":

@@ -24,15 +24,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import data
-import fpo
-import loading
 import losses
 import runtime
+import settings
 import train
 from batches import collate
+from experiments.control import load_policies
 from scale import pooled_features
-from settings import parse_args as parse_run_args
 
 STEPS = (5, 10, 20, 45, 100)  # the models that are measured: trained so far
 RUN = ["--preset", "toy", "--eval_every", "0"]
@@ -92,17 +90,13 @@ def summarise(table, owner, c_ref, c, *, k: int, ceiling: float) -> dict:
 @torch.no_grad()
 def bounds(config) -> dict:
     """The theorem on the held-out pairs of a run, of a Gemma-2 whose SAE reads its last layer."""
-    device, tokenizer = runtime.start_processes(), data.load_tokenizer(config.model)
-    (sae,), sites = loading.load_saes(config, device)
-    pairs = loading.load_data("eval_dataset", config, tokenizer)
-    n, rows = len(pairs), loading.choose_layout(config, pairs, device)
-    batches = [collate(pairs, range(i, min(n, i + 8)), **rows).to(device) for i in range(0, n, 8)]
+    policies, pairs, rows = load_policies(config, (config.reference, f"{config.out}/model"))
+    n, models, sae = len(pairs), [policy.lm for policy in policies], policies[0].saes[0]
+    batches = [collate(pairs, range(i, min(n, i + 8)), **rows) for i in range(0, n, 8)]
+    batches = [batch.to(models[0].device) for batch in batches]
     # (N,) each position's response: i for pair i's chosen, n + i for its rejected.
     owner = torch.cat([torch.cat([b.index, n + b.index])[b.owner] for b in batches])
-    names, dtype = (config.reference, f"{config.out}/model"), loading.torch_dtype(config, device)
-    models = [loading.load_lm(name, device, dtype=dtype).eval() for name in names]
-    readers = [fpo.Policy(lm, [sae.to(device)], sites) for lm in models]
-    states = [[reader.read_sites(batch)[0] for batch in batches] for reader in readers]
+    states = [[policy.read_sites(batch)[0] for batch in batches] for policy in policies]
     parts = [position_bounds(*models, sae, *both) for both in zip(*states, strict=True)]
     table = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     pooled = [pooled_features(torch.cat(h), sae, owner, owner.bincount()) for h in states]
@@ -131,7 +125,7 @@ def main(argv=None):
     parser.parse_args(argv)  # it has no flags but --help
     rows, path = [], Path("assets/theorem.json")
     for steps in tqdm(STEPS, "theorem", unit=" models"):  # the same run each time, ended earlier or later
-        config = parse_run_args([*RUN, "--steps", str(steps), "--out", f"runs/toy/theorem/step_{steps}"])
+        config = settings.parse_args([*RUN, "--steps", str(steps), "--out", f"runs/toy/theorem/step_{steps}"])
         train.main(config)
         rows.append(bounds(config))
     made, text = runtime.made_by(), markdown(rows)

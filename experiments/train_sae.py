@@ -20,7 +20,7 @@ from tqdm import tqdm
 import data
 import runtime
 from batches import epoch_order, plan_for_one, stream
-from fpo import attention_mask
+from fpo import Policy
 from loading import choose_layout, load_lm
 from runtime import refuse
 from sae import MODULES, SAE, SiteHook, sae_figures, train_sae, write_sae
@@ -39,18 +39,15 @@ def choose_pairs(pairs, tokens):
 
 
 @torch.no_grad()
-def read_states(lm, hook, pairs, indices, rows, max_tokens=4096):
-    """States (n, d) that predict the response tokens of some pairs: what an SAE of the hook's site reads.
+def read_states(policy, pairs, indices, rows, max_tokens=4096):
+    """States (n, d) that predict the response tokens of some pairs: what an SAE of the policy's site reads.
 
     rows: layout and padding, as `loading.choose_layout` gives them.
     """
     groups, states = plan_for_one(pairs, indices, max_tokens=max_tokens, **rows), []
-    batches = stream(pairs, groups, device=lm.device, **rows)
+    batches = stream(pairs, groups, device=policy.lm.device, **rows)
     for batch, _ in tqdm(batches, "states", len(groups)):
-        mask = attention_mask(batch, lm.config.get_text_config(), lm.dtype)
-        given = {"input_ids": batch.tokens, "position_ids": batch.positions, "attention_mask": mask}
-        lm.model(**given, use_cache=False)  # without the head: no logits
-        states.append(hook.value.flatten(0, 1)[batch.state])
+        states += policy.read_sites(batch)  # without the head: no logits
     return torch.cat(states)
 
 
@@ -68,8 +65,8 @@ def train_centred(states, **settings):
     return arrays
 
 
-def main(argv=None):
-    """Reads states, trains an SAE on them, judges it on held-out ones, and writes it."""
+def parse_args(argv=None):
+    """The flags; UserError for values that no model and no data are needed to refuse."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.error, add = refuse, parser.add_argument
     add("--model", required=True, help="Hugging Face directory or repo: best what training starts from")
@@ -85,21 +82,32 @@ def main(argv=None):
     runtime.check_output("out", args.out, folder=True)
     if min(args.width, args.tokens, args.steps) < 1 or args.l0_weight < 0:
         refuse("--width, --tokens, --steps: must be at least 1; --l0_weight: at least 0")
-    device = runtime.start_processes()
+    return args
+
+
+def main(argv=None):
+    """Reads states, trains an SAE on them, judges it on held-out ones, and writes it."""
+    # ---- model and pairs
+    args, device = parse_args(argv), runtime.start_processes()
     tokenizer, lm = data.load_tokenizer(args.model), load_lm(args.model, device).eval()
     if args.layer is None:
         args.layer = lm.config.get_text_config().num_hidden_layers - 1
     try:
-        hook = SiteHook(lm, args.layer, args.site)
+        with SiteHook(lm, args.layer, args.site) as hook:
+            site = SimpleNamespace(d=hook.d)  # more than its width is not asked of an SAE to read states
     except ValueError as error:
         refuse(f"--layer {args.layer}: {error}")
+    policy = Policy(lm, [site], [(args.layer, args.site)])
     pairs = data.load_pairs(args.dataset, tokenizer)
+
+    # ---- states
     train, held_out = choose_pairs(pairs, args.tokens)
     rows = choose_layout(SimpleNamespace(layout="auto"), pairs, device)
-    states, others = (read_states(lm, hook, pairs, indices, rows) for indices in (train, held_out))
-    del lm, hook
+    states, others = (read_states(policy, pairs, indices, rows) for indices in (train, held_out))
+    del lm, policy
     print(f"{len(states):,} states of {len(train)} pairs to train on, {len(others):,} of others held out")
 
+    # ---- the SAE, its file, and its figures on the states held out
     arrays = train_centred(states, width=args.width, steps=args.steps, lr=3e-3, l0_weight=args.l0_weight)
     figures = sae_figures(SAE(**arrays).to(device), others)
     with runtime.writing(args.out, keep=True):

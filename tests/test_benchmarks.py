@@ -7,7 +7,7 @@ import torch
 from conftest import make_lm
 from test_eval import make_tokenizer
 
-from experiments import benchmarks, control
+from experiments import benchmarks
 from runtime import UserError
 
 ALPACA = [{"instruction": "w10 w9", "output": "theirs", "generator": "other", "dataset": "koala"}]
@@ -95,10 +95,3 @@ def test_wrong_values_are_named_before_the_model_is_read(flags, tmp_path, monkey
     words = f"--kind mt_bench --model nowhere --questions none.json --out a.jsonl {flags}"
     with pytest.raises(UserError, match=flags):
         benchmarks.main(words.split())
-
-
-@pytest.mark.parametrize("flags", ["--criterion token", "--task measure", "--criterion odd"])
-def test_control_names_what_does_not_go_together(flags, monkeypatch):
-    monkeypatch.setattr(control.reproduce, "main", print)  # nothing runs
-    with pytest.raises(UserError, match=flags if "odd" not in flags else "odd.*difference.*token"):
-        control.main([*flags.split(), *([] if "criterion" in flags else ["--preset", "toy"])])

@@ -89,7 +89,7 @@ def test_scores_against_plain_loops(lm, tokenizer):
         assert scores[f"{name}_chosen"] == average(chosen)
         assert scores[f"{name}_rejected"] == average(rejected)
         assert (rejected - chosen).min() < 0 < (rejected - chosen).max()
-        assert scores[f"{name}_margin"] == average(0.3 * (rejected - chosen).abs())
+        assert scores[f"{name}_gap"] == average(0.3 * (rejected - chosen).abs())
     entropy = x["entropy"].sum() / x["lengths"].sum()
     assert scores["teacher_forced_entropy"] == pytest.approx(entropy.item(), rel=1e-5)
     entropy = x["entropy_all"][9:].sum() / x["lengths_all"][9:].sum()

@@ -400,7 +400,7 @@ def test_rewards_and_ties_by_hand():
     assert found["reward_accuracy_mean"] == pytest.approx(0.5 / 3)  # 0.25 < 1; tie: 4e-7 a token; -1/3 < 1/4
     assert found["reward_accuracy_sum"] == pytest.approx(0.5 / 3)
     assert found["teacher_forced_entropy"] == pytest.approx(18 / 23)
-    assert found["kl_margin"] == pytest.approx(0.1 * (1 + 1 + 2) / 3)
+    assert found["kl_gap"] == pytest.approx(0.1 * (1 + 1 + 2) / 3)
     assert score(method="dpo")["reward_accuracy"] == found["reward_accuracy_sum"]
     assert score(method="fpo")["reward_accuracy"] == found["reward_accuracy_mean"]
     assert score(method="simpo")["reward_accuracy"] == found["accuracy"]

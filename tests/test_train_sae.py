@@ -5,14 +5,15 @@ import shutil
 
 import pytest
 import torch
-from conftest import make_lm, make_pairs
+from conftest import make_lm, make_pairs, make_sae
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from batches import epoch_order
 from data import Pairs, load_pairs
 from experiments import train_sae
+from fpo import Policy
 from runtime import UserError
-from sae import SAE, SiteHook, load_sae
+from sae import SAE, load_sae
 
 ROWS = {"layout": "separate", "row_multiple": 1}
 
@@ -31,7 +32,8 @@ def test_every_tenth_pair_is_held_out_and_the_tokens_are_enough():
 @pytest.mark.parametrize("layer, site, layout", [(3, "res", {"layout": "shared"}), (1, "mlp", {})])
 def test_states_are_those_before_the_response_tokens_of_each_response(layer, site, layout):
     lm, pairs, indices = make_lm(), make_pairs(8), [5, 0, 2, 7, 6]
-    h = train_sae.read_states(lm, SiteHook(lm, layer, site), pairs, indices, ROWS | layout, max_tokens=60)
+    reader = Policy(lm, [make_sae()], [(layer, site)])
+    h = train_sae.read_states(reader, pairs, indices, ROWS | layout, max_tokens=60)
     block, seen = lm.model.layers[layer], []
     module = block if site == "res" else block.post_feedforward_layernorm
     module.register_forward_hook(lambda module, args, output: seen.append(output))
@@ -71,8 +73,10 @@ def test_from_a_model_and_pairs_to_an_sae(world, tmp_path, monkeypatch, capsys):
     # What it prints is of the pairs held out.
     lm = AutoModelForCausalLM.from_pretrained("mine", attn_implementation="eager")
     pairs = load_pairs("pairs.jsonl", AutoTokenizer.from_pretrained("mine"))
-    h = train_sae.read_states(lm, SiteHook(lm, 2), pairs, train_sae.choose_pairs(pairs, 4000)[1], ROWS)
-    c = (sae := load_sae("my sae", layer=2, width="128")).encode(h)
+    sae = load_sae("my sae", layer=2, width="128")
+    reader = Policy(lm, [sae], [(2, "res")])
+    h = train_sae.read_states(reader, pairs, train_sae.choose_pairs(pairs, 4000)[1], ROWS)
+    c = sae.encode(h)
     error = (sae.decode(c) - h).square().sum() / (h - h.mean(0)).square().sum()
     assert (c > 0).sum(1).double().mean().item() == pytest.approx(l0, abs=0.06)
     assert error.item() == pytest.approx(fvu, abs=0.002) and fvu < 0.3
