@@ -15,6 +15,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,9 @@ HALOS_TURNS = (
     "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '\n<|assistant|>\n' }}{% endif %}"
 )
+
+# For templates that write today's date: tomorrow's tokens, and so the reference's cache, are to be the same.
+DAY = date(2024, 7, 26)
 
 # A row of tokens for each record; one that is left out has nothing but its notes.
 SCHEMA = pa.schema(
@@ -227,6 +231,11 @@ def to_pair(record: dict, sft: bool = False) -> tuple[list[dict], list[dict]]:
 
 
 # ---------------------------------------------------------------------------- tokens
+def dated(template: str) -> str:
+    """A chat template whose calls of strftime_now(FORM) write DAY: a function can't be passed to it."""
+    return re.sub(r"""strftime_now\((['"])(.*?)\1\)""", lambda call: repr(DAY.strftime(call[2])), template)
+
+
 def shared(*sequences) -> int:
     """How many items some sequences have in common at their start."""
     columns = enumerate(zip(*sequences, strict=False))
@@ -250,6 +259,9 @@ class Chat:
             raise UserError(f"chat_format {chat_format!r}: the tokenizer has a chat template of its own")
         ours = {GEMMA_TURNS: "Gemma's turns", HALOS_TURNS: "the Halos format"}
         self.tokenizer, self.name = tokenizer, ours.get(str(tokenizer.chat_template), "the model's own")
+        self.template = dated(str(tokenizer.chat_template))
+        if re.search(r"\b(strftime_now|date_string)\b", str(tokenizer.chat_template)):
+            self.name += f", its date always {DAY:%d %b %Y}"
         # {id: text} of every added token but <unk>, which any text may hold; and of the special ones.
         tokens, unknown = tokenizer.added_tokens_decoder, tokenizer.unk_token_id
         added = {i: token.content for i, token in tokens.items() if i != unknown}
@@ -284,6 +296,7 @@ class Chat:
             messages = [{**m, "content": part} for m, part in zip(messages, parts, strict=True)]
         # It adds no special tokens of its own: BOS stands where the template writes it.
         options |= {"return_dict": False, "tokenizer_kwargs": {"verbose": False}}
+        options |= {"chat_template": self.template, "date_string": f"{DAY:%d %b %Y}"}  # Llama 3's name
         return self.tokenizer.apply_chat_template(messages, **options)
 
     def lost(self, messages: list[dict]) -> str | None:

@@ -217,6 +217,19 @@ def conversations(n, seed=0):
         yield talk, [*talk[:-1], *T(f"a:{talk[-1]['content'] + text()}")]
 
 
+@pytest.mark.parametrize("call", ["strftime_now('%d %b %Y')", "date_string", 'strftime_now("%d %b %Y")'])
+def test_a_template_s_date_is_the_same_every_day(call):
+    """Else tomorrow's tokens, and with them the reference's cache and a resumed run, would be other ones."""
+    dated = CHATML.replace("{% for", "{{ " + call + " }}{% for", 1)
+    talk = T("u:sea", "a:hill")
+    turns = ("<|im_start|>", "<|im_end|>")
+    chat = Chat(byte_tokenizer(dated, turns))
+    written = chat.tokenizer.decode(chat.ids(talk))
+    assert written.startswith("26 Jul 2024") and chat.name == "the model's own, its date always 26 Jul 2024"
+    undated = Chat(byte_tokenizer(CHATML, turns))
+    assert written == "26 Jul 2024" + undated.tokenizer.decode(undated.ids(talk))
+
+
 def rendered(family, messages, **options):
     """Ids of a conversation's rendering, up to where its last turn ends: cut in its text, and tokenised."""
     tokenizer, end = FAMILIES[family], END_OF[family]
