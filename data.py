@@ -15,7 +15,6 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from pyarrow import compute
 from transformers import AutoTokenizer
 
 from runtime import UserError, file_digest, hub_errors, writing
+from templates import DAY, GEMMA_TURNS, HALOS_TURNS, dated
 
 # The ending of a local file, and the reader of `datasets`; JSON lines are parsed here, each by itself.
 FORMATS = {".jsonl": "text", ".json": "json", ".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
@@ -45,23 +45,6 @@ BELONGS = ("system_prompt", "history", "input", "instruction", "question", "cont
 # What a conversation of plain texts can't express, in a record or in a message.
 MEDIA = ("image", "images", "video", "videos", "audio", "audios", "tools")
 NOT_TEXT = (*MEDIA, "tool_calls", "function_call", "reasoning", "reasoning_content", "thinking")
-
-# For tokenizers without a chat template (base models): Gemma's turns, or the Halos format of the paper.
-GEMMA_TURNS = (
-    "{{ bos_token }}{% for m in messages %}"
-    "{% if m['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
-    "{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else 'user') + '\n' }}"
-    "{{ m['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
-)
-HALOS_TURNS = (
-    "{{ bos_token }}{% for m in messages %}{{ '\n<|' + m['role'] + '|>\n' + m['content'] | trim }}"
-    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '\n<|assistant|>\n' }}{% endif %}"
-)
-
-# For templates that write today's date: tomorrow's tokens, and so the reference's cache, are to be the same.
-DAY = date(2024, 7, 26)
 
 # A row of tokens for each record; one that is left out has nothing but its notes.
 SCHEMA = pa.schema(
@@ -231,11 +214,6 @@ def to_pair(record: dict, sft: bool = False) -> tuple[list[dict], list[dict]]:
 
 
 # ---------------------------------------------------------------------------- tokens
-def dated(template: str) -> str:
-    """A chat template whose calls of strftime_now(FORM) write DAY: a function can't be passed to it."""
-    return re.sub(r"""strftime_now\((['"])(.*?)\1\)""", lambda call: repr(DAY.strftime(call[2])), template)
-
-
 def shared(*sequences) -> int:
     """How many items some sequences have in common at their start."""
     columns = enumerate(zip(*sequences, strict=False))
@@ -468,7 +446,7 @@ def load_pairs(
     records = read_records(source)
     # All that the tokens depend on. What `datasets` would hash of a tokenizer differs from run to run.
     rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else str(tokenizer.get_vocab())
-    depends = [rules, tokenizer.special_tokens_map, tokenizer.chat_template, options]
+    depends = [rules, tokenizer.special_tokens_map, chat.template, str(DAY), options]
     depends += [records._fingerprint, Path(__file__).read_text()]
     fingerprint = hashlib.sha256(repr(depends).encode()).hexdigest()[:32]
     workers = min(os.cpu_count() or 1, len(records) // SHARE)

@@ -7,8 +7,18 @@ from pathlib import Path
 import settings
 
 ROOT = Path(__file__).parent.parent
-ORDER = ("runtime", "losses", "sae", "scale", "data", "batches", "toy", "minimal", "fpo", "settings")
-ORDER += ("offline", "loading", "audit", "metrics", "checkpoint", "train", "eval_diversity")
+ORDER = ("runtime", "templates", "losses", "sae", "scale", "data", "batches", "toy", "minimal")
+ORDER += (
+    "fpo",
+    "settings",
+    "offline",
+    "loading",
+    "audit",
+    "metrics",
+    "checkpoint",
+    "train",
+    "eval_diversity",
+)
 
 
 def imported(path):
