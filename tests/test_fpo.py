@@ -270,6 +270,8 @@ def test_cache_identity(reference, saes):
     for topk.k in (8, 9):
         found.append(identity_of(policy_of(reference, (saes[0], topk)), pairs))
         assert found.count(found[-1]) == 1
+    for sites in ([(1, "res"), (2, "res")], [(1, "res"), (3, "mlp")]):  # the same SAE, read elsewhere
+        assert identity_of(fpo.Policy(copy.deepcopy(reference), saes, sites), pairs) != home
     assert identity_of(policy_of(copy.deepcopy(reference).to(torch.bfloat16), saes), pairs) != home
     assert identity_of(policy, pairs, layout="shared") != home
     for name, value in (("final_logit_softcapping", 29.0), ("sliding_window", 8), ("rms_norm_eps", 1e-5)):

@@ -6,6 +6,7 @@ import inspect
 import json
 import random
 import re
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -95,7 +96,7 @@ def plain_loss(method, options, reference):
     ],
     ids=["fpo", "fpo-rms-without-sg", "sft", "dpo", "simpo", "tdpo2"],
 )
-def test_train_makes_the_steps_of_the_page(tiny, tmp_path, method, clip, options):
+def test_train_makes_the_steps_of_the_page(tiny, tmp_path, monkeypatch, method, clip, options):
     """Gradient norms, learning rates, losses and weights, over several micro-batches a step.
 
     What Adam divides by is near 0 for a few weights at first, so that rounding moves them as far as the
@@ -112,7 +113,10 @@ def test_train_makes_the_steps_of_the_page(tiny, tmp_path, method, clip, options
     without_sg = not options.get("stop_gradient", True)
     scale = ["--feature_scale", "rms" if without_sg else "none"]
     config = settings.parse_args([*words, *scale, "--no_eval_kl", *["--no_stop_gradient"] * without_sg])
+    step_sums = Mock(side_effect=train.step_sums)  # called for each micro-batch
+    monkeypatch.setattr(train, "step_sums", step_sums)
     train.main(config)
+    assert step_sums.call_count >= 1.5 * STEPS, "several micro-batches a step"
     lines, weights = lines_of(tmp_path), load_file(tmp_path / "model/model.safetensors")
 
     lm = AutoModelForCausalLM.from_pretrained(tiny / "model", attn_implementation="eager")

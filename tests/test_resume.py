@@ -107,8 +107,11 @@ def test_resume_is_bit_identical(folder, dtype, optimizer):
     run(*flags, "--out", "whole")
     run_until(4, *flags, "--out", "cut")
     (folder / "cut/metrics.jsonl").write_text((folder / "cut/metrics.jsonl").read_text()[:-20])  # a cut line
+    (folder / "cut/state/step_00000001").mkdir()  # as if it had died before the older state went
+    (folder / "cut/state/step_00000004.tmp").mkdir()  # and while it wrote another
     run(*flags, "--out", "cut", "--resume")
     same_as_whole()
+    assert [path.name for path in (folder / "cut/state").iterdir()] == ["step_00000006"]
 
 
 def torchrun(folder, *words, ranks=2, options=()):
@@ -394,7 +397,9 @@ def test_a_shard_that_goes_during_a_run(cache, monkeypatch, capsys, loaders):
     batches (as on a card); the next start makes it anew.
     """
     found = cache()
+    (found.folder / "shard_00002.tmp").write_text("of a process that died while it wrote")
     before = content(cache())
+    assert not list(found.folder.glob("*.tmp"))
     FAULTS["cut"](found.folder / "shard_00001.safetensors")
     monkeypatch.setitem(batches.LOADERS, "cpu", loaders)
     monkeypatch.setenv("RANK", "1")
