@@ -38,7 +38,7 @@ WAYS = ("eager", "compiled", "fused")
 CLIP = (38, 38, 2)
 UPDATE = {"adam": (162, 162, 26), "rmsprop": (142, 142, 18)}
 # Operations that move nothing, or next to nothing: they pick or put single values.
-MAY_CHANGE_ON_RESUME = ("index", "gather", "scatter_add", "embedding", "empty", "_unsafe_view")
+MOVES_NOTHING = ("index", "gather", "scatter_add", "embedding", "empty", "_unsafe_view")
 
 
 # Products: torch's formulas, and that of the one that it leaves out, x.addmm_(a, b), by shapes.
@@ -67,7 +67,7 @@ class Counter(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         product = func.overloadpacket in FLOPS or "attention" in name
-        free = func.is_view or func.namespace == "prim" or name.startswith(MAY_CHANGE_ON_RESUME)
+        free = func.is_view or func.namespace == "prim" or name.startswith(MOVES_NOTHING)
         if free or (name == "_to_copy" and not self.widening and size(out) > size(args[0])):
             return out
         sources = args[1:] if name == "copy_" else (args, kwargs)

@@ -26,8 +26,7 @@ GEMMA_2["gemma-2-9b"] |= {"num_hidden_layers": 42, "num_attention_heads": 16, "n
 CARDS = {"A100 40 GB": 42.4, "H100 80 GB": 85.0, "H200": 149.0}  # GB of 1e9 bytes that programs can use
 RESERVE = 1.5  # GB of CUDA's context, of NCCL, and lost to gaps: an estimate
 WAYS = {"": {}, " --shard fsdp": {"shard": "fsdp"}}
-WAYS |= {" --no_activation_checkpointing": {"checkpointing": False}, " --dtype tf32": {"size": 4}}
-WAYS[" --dtype tf32 --shard fsdp"] = {"size": 4, "shard": "fsdp"}
+WAYS[" --no_activation_checkpointing"] = {"checkpointing": False}
 
 
 def plan(
@@ -40,7 +39,7 @@ def plan(
         config: Gemma-2's; eager attention keeps its scores, flex_attention none.
         method, rule, shard: train.py's --method, --optimizer, and --shard states or fsdp.
         tokens: of the step's only micro-batch, in rows of row_tokens; response_share predict responses.
-        size: bytes of a number that the layers compute with: 2 in bf16, 4 in float32 and TF32.
+        size: bytes of a number that the layers compute with: 2 in bf16, 4 in float32.
     Returns: dict of what always lies there, "gradients, activations" at the worst moment, and "total".
     """
     P, layer = parameters_of(config)
