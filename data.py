@@ -197,10 +197,7 @@ def to_pair(record: dict, sft: bool = False) -> tuple[list[dict], list[dict]]:
     if sides[0][:-1] != sides[-1][:-1]:
         raise UserError("chosen and rejected answer different prompts")
     prompt = join(to_messages(record.get("system") or None, "system") + prompt, sides[0][:-1])
-    said = [
-        (message["role"], message["content"].strip()) for message in prompt if message["role"] != "system"
-    ]
-    if not any(role == "user" for role, _ in said) or not any(text for _, text in said):
+    if not any(message["content"].strip() for message in prompt if message["role"] != "system"):
         raise UserError("the prompt has no user's turn, or no text")
     if prompt[-1]["role"] == "assistant":
         raise UserError("the prompt ends with the assistant's turn")
@@ -246,19 +243,20 @@ class Chat:
         self.special = {i: text for i, text in added.items() if tokens[i].special}
         # All that is said must be in the rendering. Some templates find it only in a list of parts.
         user, system = {"role": "user", "content": "what is this"}, {"role": "system", "content": "be kind"}
-        one, six = ({"role": "assistant", "content": f"this is {word}"} for word in ("one", "six"))
+        talk = [user, {"role": "assistant", "content": "this is the answer"}]
         self.keeps_system, self.in_parts = True, False
-        why = self.lost([user, one])
+        why = self.lost(talk)
         self.in_parts = why is not None
-        if why and self.lost([user, one]):
+        if why and self.lost(talk):
             raise UserError(f"the tokenizer's chat template does not work: {why}")
         self.keeps_system = self.lost([system, user]) is None
-        # What follows an answer is what two renderings have in common at their ends. The first added token
-        # in it that is no white space ends the turn, special or not; where there is none, EOS is appended.
-        ends = [self.ids([user, answer])[::-1] for answer in (one, six)]
-        after = ends[0][: shared(*ends)][::-1]
-        first = (i for i, token in enumerate(after) if added.get(token, "").replace("▁", " ").strip())
-        self.after = after[next(first, len(after)) :]
+        # The first added token behind an answer that is no white space ends it, special or not (of two that
+        # begin there the longer). It and what follows it are the same after any answer.
+        rest, ids = self.render(talk, tokenize=False).rpartition(talk[1]["content"])[2], self.ids(talk)
+        words = {text: i for i, text in added.items() if text.replace("▁", " ").strip() and text in rest}
+        end = min(words, key=lambda text: (rest.index(text), -len(text)), default="")
+        places = [place for place, token in enumerate(ids) if token == words.get(end)]
+        self.after = ids[places[-rest.count(end)] :] if places else []
         self.appends_end, self.end = not self.after, (self.after or [tokenizer.eos_token_id])[0]
         if self.end is None:
             raise UserError("the tokenizer has no EOS, its chat template no end of an assistant's turn")

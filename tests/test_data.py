@@ -754,6 +754,14 @@ def test_where_an_answer_ends():
         "<think>yes\n\n</s>",
         "<think>bad\n\n</s>",
     ]
+    # A vocabulary of words, which knows none of those that an answer is tried with.
+    pieces = ["<unk>", "<s>", "</s>", "</u>", *["ask", "me", "yes", "bad"]]
+    words = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    turns = "{% for m in messages %}{{ '<s> ' + m.content + (' </s>' if m.role == 'assistant' else '</u>') }}"
+    special = {**S, "unk_token": "<unk>", "additional_special_tokens": ["</u>"]}
+    by = PreTrainedTokenizerFast(tokenizer_object=words, chat_template=turns + "{% endfor %}", **special)
+    assert by.decode(Chat(by).end) == "</s>" and tokenised(GOOD, by=by)[0][1].tolist()[-1] == 2
     # What closes the text as a whole is said by nobody, however long it is.
     closing = PHI_3.replace("eos_token", "'so it ends' + eos_token").replace("t|>\n'", "t|>\n<think>'")
     by = byte_tokenizer(closing, PHI, eos_token="<|endoftext|>")
