@@ -227,19 +227,9 @@ def test_plans(documents, ranks, max_tokens, data, row_tokens, row_multiple):
     [
         ([[1], [5], [2], [3]], 2, {}, (9 + 3 + 2 + 9, 2 * (3 + 9))),  # once a step: 9 + 2, 3 + 9
         ([[1], [5], [2], [3]], 2, {"waits_each": True}, (23, 2 * (9 + 9))),
-        (
-            [[1, 4], [0, 5]],
-            2,
-            {"row_multiple": 10},
-            (24, 2 * 20),
-        ),  # 16 padded to 20, 8 to 10
+        ([[1, 4], [0, 5]], 2, {"row_multiple": 10}, (24, 2 * 20)),  # 16 padded to 20
         ([[1, 4], [0, 5]], 2, {"row_tokens": None}, (24, 2 * 2 * 9)),  # two rows of 9, two of 5
-        (
-            [[5], [1], [0], []],
-            2,
-            {},
-            (3 + 9 + 5, 2 * (9 + 2)),
-        ),  # and the shortest pair
+        ([[5], [1], [0], []], 2, {}, (3 + 9 + 5, 2 * (9 + 2))),  # with the shortest pair
     ],
 )
 def test_work_by_hand(groups, ranks, how, expected):
