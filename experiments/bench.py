@@ -4,6 +4,7 @@
     python -m experiments.bench --shape scaled       CPU: Gemma-2-2B with every width an eighth
     python -m experiments.bench --shape gemma-2-9b --rank_of 4 --checkpointing    CUDA: a rank of 4
     python -m experiments.bench --shape gemma-2-9b --rank_of 4 --checkpointing --count    no card needed
+    python -m experiments.bench --dataset FILE --model MODEL [--peer trl]    real lengths, that config
 
 The step is the real one, with random weights: collate, forward, loss, backward, clip, update; on CUDA its
 layers are compiled. Steps take turns (A B C, A B C, …): a figure is the median over the rounds, a ratio the
@@ -16,6 +17,7 @@ held before it made the model. On the CPU each step has its own process: an allo
 import argparse
 import contextlib
 import gc
+import math
 import multiprocessing
 import os
 import tempfile
@@ -39,6 +41,7 @@ import scale
 from batches import collate, epoch_order, plan, plan_for_one, work_of
 from experiments import count
 from experiments.plan import GEMMA_2, parameters_of
+from loading import load_config
 from runtime import refuse
 from settings import TABLE_5, Config
 
@@ -65,7 +68,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.error = refuse
     add, on = parser.add_argument, {"action": "store_true"}
-    add("--shape", choices=SHAPES, default="tiny", help="model, SAE, lengths and optimizer (tiny)")
+    add("--shape", choices=SHAPES, help="model, SAE, lengths and optimizer (tiny)")
     add("--prompt", type=int, help="tokens of a prompt, instead of the shape's")
     add("--response", type=int, help="tokens of a response, instead of the shape's")
     add("--methods", nargs="+", choices=losses.METHODS[1:], default=["simpo", "dpo", "fpo", "tdpo1", "tdpo2"])
@@ -76,8 +79,13 @@ def parse_args(argv=None):
     add("--count", **on, help="FLOPs and bytes of a step, and the time that a card's limits allow")
     add("--reference_pass", **on, help="Phase 1, against a bare forward")
     add("--fill", **on, help="the share of a step that is tokens, from a data set's lengths: no model runs")
-    add("--dataset", help="of --fill: pairs, as train.py takes them")
-    add("--model", help="of --fill: whose tokenizer; a Hugging Face directory or hub name")
+    add("--dataset", help="the first pairs of these, as train.py takes them, in place of the shape's lengths")
+    add(
+        "--model",
+        help="of --dataset: whose tokenizer, and without --shape whose config",
+    )
+    add("--pairs", type=int, help="a step, instead of the shape's")
+    add("--unpacked", **on, help="of --dataset: a pair to a row, padded to the longest")
     add("--ranks", type=int, default=4, help="of --fill: the most ranks (4)")
     add("--updates", **on, help="updates that bf16 weights lose at lr 5e-7")
     add("--peer", choices=("trl",), help="DPO here and in TRL's DPOTrainer (pip install trl==1.16.0)")
@@ -85,17 +93,27 @@ def parse_args(argv=None):
     for name, value in vars(args).items():
         if type(value) is int and value < 1:
             refuse(f"--{name} {value}: must be at least 1")
-    if args.fill and not (args.dataset and args.model):
-        refuse("--fill: needs --dataset and --model")
+    if bool(args.dataset) != bool(args.model) or (args.fill and not args.dataset):
+        refuse("--dataset, --model: both are needed, by --fill too")
     if args.json:
         runtime.check_output("json", args.json, folder=False)
-    changes, args.sae_width, (args.pairs, prompt, response), args.rule = SHAPES[args.shape]
+    own = args.dataset and not args.shape and not args.fill
+    args.shape = args.shape or "tiny"
+    changes, args.sae_width, (pairs, prompt, response), args.rule = SHAPES[args.shape]
+    args.pairs = args.pairs or pairs
     args.prompt, args.response = args.prompt or prompt, args.response or response
     flex = CUDA or args.count
-    args.config = Gemma2Config(**changes, attn_implementation="flex_attention" if flex else "eager")
+    args.config = load_config(args.model) if own else Gemma2Config(**changes)
+    args.attention = "flex_attention" if flex else None  # None: transformers' own choice, as in train.py
+    args.config._attn_implementation = args.attention  # count.py asks for the mask of it
     layout = "shared" if flex or args.prompt >= args.response else "separate"  # train.py's rule
-    args.rows = {"layout": layout, "row_multiple": 128 if flex else 1}
+    args.rows = {"layout": layout, **loading.ROWS["cuda" if flex else "cpu"]}
     args.title = f"{args.shape}: {args.pairs} × ({args.prompt} + 2 × {args.response}) tokens, {layout} rows"
+    if args.dataset:
+        args.rows |= {"row_tokens": None} if args.unpacked else {}
+        args.title = (
+            f"{args.model if own else args.shape}: {args.pairs} pairs of {args.dataset}, {layout} rows"
+        )
     return args
 
 
@@ -105,14 +123,33 @@ def make_lm(args):
     torch.manual_seed(0)
     device = runtime.start_processes()  # on CUDA also the compiler's limits, as train.py has them
     with device:
-        return AutoModelForCausalLM.from_config(args.config, dtype=torch.bfloat16 if CUDA else torch.float32)
+        return AutoModelForCausalLM.from_config(
+            args.config, dtype=torch.bfloat16 if CUDA else torch.float32, attn_implementation=args.attention
+        )
 
 
 def make_pairs(args, n):
-    """`n` pairs of random tokens, all of the lengths asked for."""
+    """`n` pairs: random tokens, all of the lengths asked for; or the data set's first."""
+    if args.dataset:
+        found, V = load_dataset(args), args.config.get_text_config().vocab_size
+        if len(found) < n:
+            refuse(f"--pairs {n}: {args.dataset} has {len(found)}")
+        return data.Pairs([[(part % V).tolist() for part in found[i]] for i in range(n)])
     sizes, generator = (args.prompt, args.response, args.response), torch.Generator().manual_seed(0)
     tokens = torch.randint(4, args.config.vocab_size, (n, sum(sizes)), generator=generator)
     return data.Pairs([[part.tolist() for part in row.split(sizes)] for row in tokens])
+
+
+def load_dataset(args):
+    """The pairs of --dataset, by --model's tokenizer, cut as train.py cuts them."""
+    tokenizer, lengths = data.load_tokenizer(args.model), ("max_length", "max_prompt_length")
+    return data.load_pairs(args.dataset, tokenizer, **{name: getattr(Config, name) for name in lengths})
+
+
+def micro_batches(args, pairs):
+    """The micro-batches that train.py would make of the step's pairs."""
+    groups = plan_for_one(pairs, range(len(pairs)), max_tokens=Config.micro_batch_tokens, **args.rows)
+    return [collate(pairs, group, **args.rows) for group in groups]
 
 
 def all_pairs(args):
@@ -142,26 +179,26 @@ def make_policies(args, methods):
 
 
 def make_steps(args, policies):
-    """{method: what train.py does in a step: a micro-batch of all pairs, backward, clip at 1, update}."""
+    """{method: what train.py does in a step: micro-batches of all pairs, backward, clip at 1, update}."""
     lm, pairs = next(iter(policies.values())).lm, make_pairs(args, args.pairs)
     parameters = list(lm.parameters())
     sizes = torch.tensor([p.numel() for p in parameters])
     share = int((sizes.cumsum(0) < sizes.sum() / args.rank_of).sum()) + 1  # of which one rank has states
     optimizer = scale.make_optimizer(args.rule, parameters[:share], 5e-7, shard=False)
     with torch.no_grad():  # what Phase 1 would have stored
-        batch = all_pairs(args).to(lm.device)
-        cached = {method: policy(batch)[0] for method, policy in policies.items()}
+        made = [batch.to(lm.device) for batch in micro_batches(args, pairs)]
+        cached = {method: [policy(batch)[0] for batch in made] for method, policy in policies.items()}
     if args.checkpointing:
         lm.activation_checkpointing_enable({"use_reentrant": False})
     lm.train()
 
     def take_step(method):
         """One step of a method, on the shared model and optimizer."""
-        batch = collate(pairs, range(args.pairs), **args.rows).to(lm.device)
-        statistics, held = policies[method](batch)
         settings = {name: value for name, value in TABLE_5[method].items() if value is not None}
-        loss, _ = fpo.method_loss(method, statistics, held or cached[method], **settings)
-        loss.mean().backward()
+        for batch, reference in zip(micro_batches(args, pairs), cached[method], strict=True):
+            statistics, held = policies[method](batch.to(lm.device))
+            loss, _ = fpo.method_loss(method, statistics, held or reference, **settings)
+            (loss.sum() / len(pairs)).backward()
         if (norm := scale.gradient_norm(parameters).item()) > 1:
             scale.scale_gradients_(parameters, 1 / (norm + 1e-6))
         optimizer.step()
@@ -270,17 +307,27 @@ def methods_table(args):
     """Each method's step, or DPO's and TRL's: time and memory, beside the first one's.
 
     On the CPU also FLOP/s, of all products in the step, and their share of a large product's in the same
-    rounds; on a card of count.py's the MFU: 6 · parameters · tokens computed / seconds, of the card's peak.
+    rounds; on a card of count.py the MFU: 6 · parameters · tokens without padding / seconds, of its peak.
     """
     names, rows = ["dpo", args.peer] if args.peer else args.methods, []
     if args.peer:  # big tensors stay in malloc's heap: else page faults decide, and most of them are TRL's
         os.environ |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
     alone = {name: measure_alone(args, [name], 1)[1:] for name in names}
     times = measure_alone(args, names + ["product"] * (not CUDA), args.rounds)[0]
-    work, first = 6 * parameters_of(args.config)[0] * all_pairs(args).tokens.numel(), names[0]
+    first, pairs = names[0], make_pairs(args, args.pairs)
+    made = micro_batches(args, pairs)
+    tokens, computed = sum(int((b.doc >= 0).sum()) for b in made), sum(b.doc.numel() for b in made)
+    work = 6 * parameters_of(args.config)[0] * tokens
     for name in names:
         s, (peak, flops) = np.median(times[name]), alone[name]
-        row = {"name": name, "ms": 1e3 * s, "pairs/s": args.pairs / s, "peak GB": peak}
+        row = {
+            "name": name,
+            "ms": 1e3 * s,
+            "pairs/s": args.pairs / s,
+            "peak GB": peak,
+            "fill": tokens / computed,
+        }
+        row["fill"] = tokens / computed if name in losses.METHODS else math.nan  # of a peer unknown
         row[f"time/{first}"] = np.median(times[name] / times[first])
         row[f"memory/{first}"] = peak / alone[first][0]
         if not CUDA:
@@ -336,8 +383,7 @@ def reference_pass(args):
 
 def fill_table(args):
     """The fill of an epoch's steps (batches.work_of): in a card's rows, and with each pair in its own row."""
-    tokenizer, lengths = data.load_tokenizer(args.model), ("max_length", "max_prompt_length")
-    pairs = data.load_pairs(args.dataset, tokenizer, **{name: getattr(Config, name) for name in lengths})
+    pairs = load_dataset(args)
     documents, table = pairs.documents("shared"), []
     order, n = epoch_order(len(pairs), 0, 0).tolist(), Config.batch_size
     for name, change in (("a pair to a row", {"row_tokens": None}), ("packed", {})):

@@ -40,6 +40,28 @@ def test_one_rank_of_two_updates_about_half():
     assert 0.5 <= sizes[torch.tensor(moved)].sum() / sizes.sum() <= 0.75
 
 
+def test_a_step_on_pairs_of_a_data_set(monkeypatch):
+    """Gradients are those of the mean over its first pairs, however they are packed and cut."""
+    draw, found = random.Random(0), []
+    rows = [[[draw.randrange(9_999) for _ in range(draw.randint(2, 60))] for _ in "xwl"] for _ in range(9)]
+    monkeypatch.setattr(bench, "load_dataset", lambda args: data.Pairs(rows))
+    for limit, unpacked in ((0, []), (200, []), (200, ["--unpacked"])):
+        monkeypatch.setattr(bench.Config, "micro_batch_tokens", limit)
+        flags = ["--dataset", "d", "--model", "m", "--shape", "tiny", "--pairs", "6", *unpacked]
+        args = bench.parse_args(flags)
+        made = bench.micro_batches(args, bench.make_pairs(args, 6))
+        assert len(made) == 1 if limit == 0 else len(made) > 2
+        assert max(int(batch.tokens.max()) for batch in made) < 4096  # ids of another vocabulary are folded
+        policies = bench.make_policies(args, ["simpo"])
+        lm = policies["simpo"].lm
+        steps = bench.make_steps(args, policies)
+        monkeypatch.setattr(lm, "zero_grad", lambda **_: None)
+        steps["simpo"]()
+        found.append(torch.cat([p.grad.flatten() for p in lm.parameters()]))
+    for other in found[1:]:
+        assert (other - found[0]).norm() < 1e-4 * found[0].norm()
+
+
 def test_bytes_by_hand():
     """x (4 × 8, float32: 128 bytes): two products, and between them four operations, one of which sums."""
     x, W = torch.randn(4, 8), torch.randn(8, 8)
