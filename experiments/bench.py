@@ -39,9 +39,13 @@ import offline
 import runtime
 import scale
 from batches import collate, epoch_order, plan, plan_for_one, work_of
+<<<<<<< HEAD
 from experiments import count
 from experiments.plan import GEMMA_2, parameters_of
 from loading import load_config
+=======
+from experiments.plan import CARDS, GEMMA_2, Counter, parameters_of, tables
+>>>>>>> d5d35cd (plan.py and count.py are one: what a step needs of a card that is not there; its tests hold it to live steps, not to constants)
 from runtime import refuse
 from settings import TABLE_5, Config
 
@@ -280,7 +284,7 @@ def measure(args, names, rounds):
     steps |= {"trl": trl_step(args)} if "trl" in names else {}
     steps |= {"product": partial(torch.mm, *torch.randn(2, PRODUCT, PRODUCT))} if "product" in names else {}
     times, peak = in_turn(steps, rounds)
-    with contextlib.nullcontext() if CUDA else count.Counter() as counter:
+    with contextlib.nullcontext() if CUDA else Counter() as counter:
         steps[names[0]]()
     return times, peak - before, counter and counter.flops
 
@@ -307,7 +311,11 @@ def methods_table(args):
     """Each method's step, or DPO's and TRL's: time and memory, beside the first one's.
 
     On the CPU also FLOP/s, of all products in the step, and their share of a large product's in the same
+<<<<<<< HEAD
     rounds; on a card of count.py the MFU: 6 · parameters · tokens without padding / seconds, of its peak.
+=======
+    rounds; on a card of plan.py's the MFU: 6 · parameters · tokens computed / seconds, of the card's peak.
+>>>>>>> d5d35cd (plan.py and count.py are one: what a step needs of a card that is not there; its tests hold it to live steps, not to constants)
     """
     names, rows = ["dpo", args.peer] if args.peer else args.methods, []
     if args.peer:  # big tensors stay in malloc's heap: else page faults decide, and most of them are TRL's
@@ -333,8 +341,8 @@ def methods_table(args):
         if not CUDA:
             share = flops / (2 * PRODUCT**3) * np.median(times["product"] / times[name])
             row |= {"GFLOP/s": flops / s / 1e9, "of product": share}
-        for card, limits in count.CARDS.items():
-            if CUDA and card in torch.cuda.get_device_name():
+        for card, limits in CARDS.items():
+            if CUDA and card.split()[0] in torch.cuda.get_device_name():
                 row["MFU"] = work / s / limits["bfloat16"]
         rows.append(row)
     print_rows(args.title, rows)
@@ -345,7 +353,7 @@ def count_table(args):
     """FLOPs and bytes of each method's step by part; its least time and highest MFU on each card."""
     batch, found = all_pairs(args), {}
     for method in args.methods:
-        found[method] = count.tables(args, batch, method)
+        found[method] = tables(args, batch, method)
         for name, rows in found[method].items():
             print_rows(f"{args.title}, one rank of {args.rank_of}; {method}, {name}", rows)
     return found

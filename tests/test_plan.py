@@ -18,36 +18,13 @@ SMALL = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4, 
 SMALL |= {"head_dim": 16, "vocab_size": 500, "num_hidden_layers": 6, "attn_implementation": "eager"}
 
 
-PEAKS = {  # GB simulated on fake tensors with a bf16 residual stream, DDP or FSDP2: 8 rows of 1024, 4 ranks
-    ("9b", "fpo", ""): 58.1,
-    ("9b", "tdpo2", ""): 76.4,
-    ("9b", "fpo", " --shard fsdp"): 34.8,
-    ("2b", "fpo", ""): 21.0,
-    ("2b", "fpo", " --no_activation_checkpointing"): 55.5,
-}
-
-
-@pytest.mark.parametrize("name, method, flags", PEAKS)
-def test_peaks_of_gemma_2(name, method, flags):
-    config = Gemma2Config(**plan.GEMMA_2[f"gemma-2-{name}"], attn_implementation="flex_attention")
-    rule = {"9b": "rmsprop", "2b": "adam"}[name]
-    found = plan.plan(config, method=method, rule=rule, tokens=8192, **plan.WAYS[flags])
-    # A float32 stream: 2 bytes more a layer input (gone at FSDP2's peak), or three bf16 copies for products.
-    more = {"": 2, " --shard fsdp": 0, " --no_activation_checkpointing": 6}[flags]
-    stream = more * config.num_hidden_layers * config.hidden_size * 8192 / 1e9
-    assert found["total"] == pytest.approx(PEAKS[name, method, flags] + stream, rel=0.03)
-    assert found["total"] == pytest.approx(sum(v for item, v in found.items() if item != "total"))
-
-
-@pytest.mark.parametrize("name, P, layer_KiB", [("2b", 2_614_341_888, 165), ("9b", 9_241_705_984, 262)])
-def test_bytes_of_a_parameter_and_of_a_token(name, P, layer_KiB):
+@pytest.mark.parametrize("name, P", [("2b", 2_614_341_888), ("9b", 9_241_705_984)])
+def test_bytes_of_a_parameter(name, P):
     config = Gemma2Config(**plan.GEMMA_2[f"gemma-2-{name}"], attn_implementation="flex_attention")
     found = plan.plan(config, method="tdpo2", rule="rmsprop", tokens=1024, ranks=1)
     # bf16 weight; RMSprop's average and the rest of the float32 master; the frozen reference.
     bytes_each = [found[item] * 1e9 / P for item in ("weights", "optimizer", "reference")]
     assert bytes_each == pytest.approx([2, 6, 2])
-    # Measured on the real layer, in bf16; a float32 stream leaves five products a bf16 copy each, not two.
-    assert plan.layer_bytes(config, 1024)[0] == layer_KiB * 1024 + 3 * 2 * config.hidden_size
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
