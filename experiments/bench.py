@@ -39,13 +39,8 @@ import offline
 import runtime
 import scale
 from batches import collate, epoch_order, plan, plan_for_one, work_of
-<<<<<<< HEAD
-from experiments import count
-from experiments.plan import GEMMA_2, parameters_of
-from loading import load_config
-=======
 from experiments.plan import CARDS, GEMMA_2, Counter, parameters_of, tables
->>>>>>> d5d35cd (plan.py and count.py are one: what a step needs of a card that is not there; its tests hold it to live steps, not to constants)
+from loading import load_config
 from runtime import refuse
 from settings import TABLE_5, Config
 
@@ -109,7 +104,7 @@ def parse_args(argv=None):
     flex = CUDA or args.count
     args.config = load_config(args.model) if own else Gemma2Config(**changes)
     args.attention = "flex_attention" if flex else None  # None: transformers' own choice, as in train.py
-    args.config._attn_implementation = args.attention  # count.py asks for the mask of it
+    args.config._attn_implementation = args.attention  # plan.py asks for the mask of it
     layout = "shared" if flex or args.prompt >= args.response else "separate"  # train.py's rule
     args.rows = {"layout": layout, **loading.ROWS["cuda" if flex else "cpu"]}
     args.title = f"{args.shape}: {args.pairs} × ({args.prompt} + 2 × {args.response}) tokens, {layout} rows"
@@ -311,11 +306,7 @@ def methods_table(args):
     """Each method's step, or DPO's and TRL's: time and memory, beside the first one's.
 
     On the CPU also FLOP/s, of all products in the step, and their share of a large product's in the same
-<<<<<<< HEAD
-    rounds; on a card of count.py the MFU: 6 · parameters · tokens without padding / seconds, of its peak.
-=======
-    rounds; on a card of plan.py's the MFU: 6 · parameters · tokens computed / seconds, of the card's peak.
->>>>>>> d5d35cd (plan.py and count.py are one: what a step needs of a card that is not there; its tests hold it to live steps, not to constants)
+    rounds; on a card of plan.py the MFU: 6 · parameters · tokens without padding / seconds, of its peak.
     """
     names, rows = ["dpo", args.peer] if args.peer else args.methods, []
     if args.peer:  # big tensors stay in malloc's heap: else page faults decide, and most of them are TRL's
