@@ -61,6 +61,26 @@ def save_state(out, step: int, policy, optimizer, meta: dict):
     runtime.barrier()
 
 
+def check_disk(config, policy, cache_bytes: int):
+    """UserError where the free disk is less than a run will write: two states, the model and Phase 1's cache.
+
+    A state has 12 bytes a parameter (Adam) or 8 (RMSprop); one exists while the next is written. cache_bytes:
+    the most that Phase 1 can write.
+    """
+    out, cache = Path(config.out).absolute(), Path(config.cache_dir).absolute()
+    n, width = sum(p.numel() for p in policy.parameters()), torch.finfo(policy.dtype).bits // 8
+    states = 2 * n * {"adam": 12, "rmsprop": 8}[config.optimizer] if config.save_every else 0
+    there = sum(file.stat().st_size for state in saved_states(out) for file in state.iterdir())
+    needs = {"--out": (out, max(0, states - there) + n * width), "--cache_dir": (cache, cache_bytes)}
+    places = {name: next(p for p in (path, *path.parents) if p.exists()) for name, (path, _) in needs.items()}
+    for name, place in places.items():  # what goes to the same disk adds up
+        disk = [other for other in places if places[other].stat().st_dev == place.stat().st_dev]
+        need, free = sum(needs[other][1] for other in disk), shutil.disk_usage(place).free
+        if need > free:
+            what = f"{' and '.join(disk)} take up to {need / 1e9:.1f} GB, {free / 1e9:.1f} are free"
+            refuse(f"{name} {needs[name][0]}: {what}; --save_every 0 saves no states but on a signal")
+
+
 def saved_states(out) -> list[Path]:
     """Whole states of a run, oldest first; what was being written when a run died is not among them."""
     return sorted(path for path in Path(out, "state").glob("step_*") if path.suffix != ".tmp")

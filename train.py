@@ -37,6 +37,7 @@ from batches import collate, epoch_order, plan, stream, work_of
 from checkpoint import (
     MAY_CHANGE_ON_RESUME,
     StopSignal,
+    check_disk,
     cut_metrics,
     load_state,
     read_meta,
@@ -207,6 +208,9 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
     budget = {"max_tokens": config.micro_batch_tokens, **rows}
     loading = config, device, encoders or saes, sites
     policy, digest = load_policy(config.model, *loading)
+    # Phase 1 stores at most 8 bytes for each feature of both responses, of every SAE.
+    stored = 0 if resumes or not saes else 16 * (len(pairs) + len(held_out)) * sum(sae.m for sae in saes)
+    check_disk(config, policy, stored)
     save_model(policy, tokenizer, config, weights=False)  # what the end will write is tried now
     found = audit_and_freeze(policy, pairs, config, rows)  # the audit: this forward against the model's own
 

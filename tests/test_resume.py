@@ -30,6 +30,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import filelock
 import numpy as np
@@ -37,8 +38,10 @@ import pytest
 import torch
 from conftest import ROOT, Evil, build, finish, lines_of, make_lm, make_pairs, make_sae, start
 from safetensors.torch import load_file, save_file
+from transformers import Gemma2ForCausalLM
 
 import batches
+import checkpoint
 import fpo
 import offline
 import settings
@@ -308,6 +311,25 @@ def files(*folders):
     """{name: bytes} of all that lies in some folders."""
     found = [path for folder in folders for path in Path(folder).rglob("*") if path.is_file()]
     return {str(path): path.read_bytes() for path in found if "lock" not in path.name}
+
+
+def test_too_little_disk_is_told_at_the_start(folder, monkeypatch):
+    """By hand: Adam keeps 12 bytes a parameter, two states at once, and the model 4; RMSprop's states 8."""
+    asked, free = [], shutil.disk_usage(folder)._replace(free=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: asked.append(place) or free)
+    said = refused("--out", "cut")
+    n = sum(p.numel() for p in fpo.Policy(Gemma2ForCausalLM.from_pretrained("runs/toy/model")).parameters())
+    stored = 16 * 512 * (160 + 40)  # ids and values of both responses' features
+    assert f"take up to {(28 * n + stored) / 1e9:.1f} GB, 0.0 are free" in said and "--save_every 0" in said
+    config = settings.parse_args([*RUN, "--optimizer", "rmsprop", "--out", "cut"])
+    policy = SimpleNamespace(dtype=torch.float32, parameters=lambda: [torch.empty(10**9, device="meta")])
+    for save_every, need in ((1000, 2 * 8 + 4), (0, 4)):
+        config.save_every = save_every
+        with pytest.raises(UserError, match=f"up to {need + 1}.0 GB"):
+            checkpoint.check_disk(config, policy, 10**9)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: free._replace(free=21 * 10**9))
+    config.save_every = 1000
+    checkpoint.check_disk(config, policy, 10**9)
 
 
 FULL = {  # at which function's call the disk is full, which call, bytes that a file still takes, which file
