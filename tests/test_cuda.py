@@ -9,6 +9,7 @@ from conftest import ROOT, finish, lines_of, make_pairs, make_sae, nudge, start
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 import fpo
+import loading
 import offline
 import scale
 from batches import collate
@@ -16,7 +17,7 @@ from experiments.bench import TINY
 from runtime import start_processes
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
-ROWS = {"layout": "shared", "row_multiple": 128}
+ROWS = {"layout": "shared", **loading.ROWS["cuda"]}
 
 
 def make_policy(lm, device, reference=None, dtype=torch.float32):
