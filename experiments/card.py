@@ -1,8 +1,10 @@
 """The measurements of card.sh, and the record of what each of its commands did.
 
-python -m experiments.card record OUT.json NAME SECONDS COMMAND ...    run it, keep how it ended and what it said
-python -m experiments.card attention | head                            time and memory, a line of JSON
-python -m experiments.card step_1 RUN                                  what rounding makes of a run's first step
+What it does is the first word of the command line:
+
+    record OUT.json NAME SECONDS COMMAND ...    run a command, keep how it ended and what it said
+    attention, head                             time and memory on a card, as a line of JSON
+    step_1 RUN                                  a run's first step beside the audit's floor
 """
 
 import json
@@ -48,7 +50,7 @@ def record(out, name, limit, command) -> dict:
 
 
 def timed(step, rounds=5) -> dict:
-    """Of a call on CUDA: milliseconds, the median after a warm-up, and GB at the peak above what lay there."""
+    """Of a call on CUDA: milliseconds, the median after a warm-up, and GB at the peak above those before."""
     step()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
