@@ -4,10 +4,17 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from batches import plan_for_one, stream
+import offline
+from batches import stream
 from fpo import distances
 from losses import PER_TOKEN
 from runtime import ranks
+
+# Nats by which another order of float32's sums changes a token's log-probability, at most. A product of d
+# terms is off by about √d units of 2^-23, layers of them by a few times that: root mean squares were 47 units
+# at d = 576 (30 layers), 4 to 7 at d = 32 and 64 (4 layers), with AVX-512, AVX2 and SSE4.1. What bf16 rounds
+# is thousands of times coarser, but the same micro-batch gives the same bits (`shard_batches`).
+ROUNDING = 256 * 2**-23
 
 # FLOP/s of dense bf16 products, by a part of the card's name: the makers' figures.
 BF16_PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
@@ -40,14 +47,15 @@ def score_pairs(
     Args:
         lookup: ReferenceCache.lookup of these pairs, or None.
         top: also each response's so many largest pooled features (of the first SAE), in order.
-        max_tokens, rows: micro-batches, as `plan_for_one` and `collate` take them.
+        max_tokens, rows: micro-batches, as `build_reference` takes them.
     Returns:
         {name: (n,) float64}, names ending in _chosen and _rejected. Always: logps, lengths, entropy (summed,
         nats). With a reference: ratio = log π/π_ref, and mse where there are SAEs. With a held one also kl.
         With `top`: activations_policy, activations_reference (n, top).
     """
     rank, world = ranks()
-    groups = plan_for_one(pairs, range(len(pairs)), max_tokens=max_tokens, **rows)
+    # Phase 1's micro-batches: the log π of a policy that has not moved are the cache's, bit for bit.
+    groups, _ = offline.shard_batches(pairs, range(-(-len(pairs) // offline.SHARD)), max_tokens, rows)
     groups += [[] for _ in range(-len(groups) % world)]  # as many for each rank
     was_training, table, mine = policy.training, dict[str, torch.Tensor](), groups[rank::world]
     policy.eval()
@@ -98,10 +106,14 @@ def pair_columns(table, *, method=None, beta=0.1) -> dict[str, tuple[torch.Tenso
     columns = {"nll_chosen": (-table["logps_chosen"] / n["chosen"].clamp(min=1), one)}
 
     def share_above(name, per_token):
-        """Pairs whose chosen response is above the rejected one; nearer than 1e-6 a token counts half."""
+        """Pairs whose chosen response is above the rejected one; a tie counts half.
+
+        A tie is what the rounding of float32 can make of equals: errors of n tokens have any sign, so that
+        their sum is off by √n times ROUNDING, and the mean by 1/√n.
+        """
         w, l = (table[f"{name}_{side}"] / (n[side].clamp(min=1) if per_token else 1) for side in n)
-        tie = 1e-6 * (1 if per_token else torch.maximum(*n.values()))
-        return torch.where((w - l).abs() < tie, 0.5, (w > l).double()), one
+        variance = sum(1 / x.clamp(min=1) if per_token else x for x in n.values())
+        return torch.where((w - l).abs() <= ROUNDING * variance.sqrt(), 0.5, (w > l).double()), one
 
     if both:
         columns |= {"accuracy": share_above("logps", True), "accuracy_sum": share_above("logps", False)}

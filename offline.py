@@ -98,7 +98,7 @@ def build_reference(policy: Policy, pairs: data.Pairs, cache_dir, identity, *, m
         runtime.barrier()
         shards = [folder / f"shard_{s:05d}.safetensors" for s in range(-(-len(pairs) // SHARD))]
         missing = _missing(shards, device)
-        groups, ends = _shard_batches(pairs, missing[rank::world], max_tokens, rows)
+        groups, ends = shard_batches(pairs, missing[rank::world], max_tokens, rows)
         groups = lockstep(groups, device)
         was_training, parts = policy.training, list[tuple]()
         policy.eval()
@@ -131,8 +131,12 @@ def _missing(shards, device) -> list[int]:
     return broken.nonzero()[:, 0].tolist()
 
 
-def _shard_batches(pairs, shards, max_tokens, rows):
-    """Micro-batches of some shards, one shard's after the other's; and which of them ends which shard."""
+def shard_batches(pairs, shards, max_tokens, rows):
+    """Micro-batches of some shards, one shard's after the other's; and which of them ends which shard.
+
+    They don't depend on the ranks, and scores are made of the same: so a policy that has not moved computes
+    the same bits as Phase 1 did, in any dtype and on any processor.
+    """
     groups, ends = [], {}
     for shard in shards:
         members = range(shard * SHARD, min(len(pairs), (shard + 1) * SHARD))

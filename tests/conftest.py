@@ -1,19 +1,24 @@
 """What the tests share: random models, SAEs, pairs; their maths in plain form; scripts; the toy world."""
 
+import contextlib
 import itertools
 import json
+import multiprocessing
 import os
+import runpy
+import signal
 import subprocess
 import sys
-import tempfile
+import time
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()  # of the tests and their scripts
 
+import datasets
 import pytest
 import torch
+import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma2ForCausalLM
 
 import losses
@@ -159,11 +164,10 @@ class Evil:
 def start(folder, *words, ranks=1, options=()):
     """A process of python, as a user starts it; by torchrun where there are several ranks, or its options."""
     torchrun = ["-m", "torch.distributed.run", *(options or ["--standalone"]), "--nproc_per_node", str(ranks)]
-    path = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
     return subprocess.Popen(
         [sys.executable, *(torchrun if ranks > 1 or options else []), *map(str, words)], cwd=folder,
         text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 
 
@@ -174,6 +178,92 @@ def finish(process, status=0):
     return out
 
 
+# Loading torch, transformers and datasets is most of what a short script costs. A server loads them once, and
+# processes forked from it run a script at once. Never fork pytest itself: it has threads of OpenMP, without
+# which a child may hang.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["conftest", "train", "eval_diversity"])
+os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))  # of the server and all scripts
+
+
+class Forked:
+    """Processes that run one script, a rank each, as `python WORDS` or torchrun would start them.
+
+    The ranks meet at a store that this process has, so no port can be taken. Their output goes into one file.
+    """
+
+    def __init__(self, folder, *words, ranks=1):
+        self.log, self.processes = Path(folder, f"output_{time.monotonic_ns()}"), []
+        self.log.touch()
+        environment = dict(os.environ)
+        if ranks > 1:
+            self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.store.port)}
+            environment |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+            environment |= {"WORLD_SIZE": str(ranks), "GROUP_WORLD_SIZE": "1"}
+        for rank in map(str, range(ranks)):
+            own = environment | ({"RANK": rank, "LOCAL_RANK": rank} if ranks > 1 else {})
+            # No daemon: a DataLoader starts a process of its own.
+            self.processes.append(SERVER.Process(target=run, args=(folder, self.log, own, *map(str, words))))
+            self.processes[-1].start()
+
+    def running(self) -> bool:
+        """Whether the processes still run. Where one failed none does: the others would wait for it."""
+        codes = {process.exitcode for process in self.processes}
+        if codes - {None, 0}:
+            self.kill()
+        return None in {process.exitcode for process in self.processes}
+
+    def kill(self):
+        """kill -9 of each process, and of those that it started."""
+        for process in self.processes:
+            with contextlib.suppress(ProcessLookupError):  # it has no group yet
+                os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
+            process.join()
+
+    def finish(self, status=0) -> str:
+        """What the processes write until the first that fails, or all, end with this status."""
+        until = time.monotonic() + 240
+        while self.running():
+            time.sleep(0.005)
+            assert time.monotonic() < until, self.log.read_text()[-5000:]
+        out = self.log.read_text()
+        assert self.processes[0].exitcode == status, out[-5000:]
+        return out
+
+
+def run(folder, log, environment, first, *rest):
+    """What a forked process does: it becomes `python FIRST REST`, with one thread, in a group of its own."""
+    os.setsid()
+    file = os.open(log, os.O_WRONLY | os.O_APPEND)
+    os.dup2(file, 1), os.dup2(file, 2)
+    os.chdir(folder)
+    os.environ.clear(), os.environ.update(environment)
+    torch.set_num_threads(1)  # OMP_NUM_THREADS would come too late
+    sys.argv = [first, *(rest[1:] if first in ("-c", "-m") else rest)]
+    if first == "-m":
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+    elif first == "-c":
+        exec(rest[0], {"__name__": "__main__"})
+    else:
+        runpy.run_path(first, run_name="__main__")
+
+
+@pytest.fixture
+def fork():
+    """Start Forked processes, which end with the test at the latest."""
+    started = []
+
+    def start_one(*args, **options):
+        started.append(Forked(*args, **options))
+        return started[-1]
+
+    yield start_one
+    for processes in started:
+        processes.kill()
+
+
 def lines_of(run):
     """The whole lines of a run's metrics so far."""
     path = Path(run, "metrics.jsonl")
@@ -181,25 +271,39 @@ def lines_of(run):
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
-@pytest.fixture(scope="session")
-def world(tmp_path_factory):
-    """The toy world, made once for all tests."""
-    import toy
+@pytest.fixture(scope="session", autouse=True)
+def world_in_the_making(request, tmp_path_factory):
+    """The toy world, made by another process while the first tests run, if a test needs it."""
+    cache = str(tmp_path_factory.mktemp("datasets"))  # of tests and scripts: never the user's own
+    os.environ["HF_DATASETS_CACHE"] = datasets.config.HF_DATASETS_CACHE = cache
+    out = tmp_path_factory.mktemp("toy")
+    if not any("world" in item.fixturenames for item in request.session.items):
+        return None
+    return start(out, ROOT / "toy.py", "--out", out / "world"), out / "world"
 
-    out = tmp_path_factory.mktemp("toy") / "world"
-    toy.make_world(out)
+
+@pytest.fixture(scope="session")
+def world(world_in_the_making):
+    """The toy world's folder."""
+    process, out = world_in_the_making
+    finish(process)
     return out
+
+
+def make_folder(world, path):
+    """A folder with the toy world in runs/toy, and a part of its pairs."""
+    (path / "runs/toy").mkdir(parents=True)
+    for entry in world.iterdir():
+        (path / "runs/toy" / entry.name).symlink_to(entry)
+    for name, pairs in (("train", 160), ("test", 40)):
+        lines = (world / f"{name}.jsonl").read_text().splitlines()[:pairs]
+        (path / f"runs/toy/{name}.jsonl").unlink()
+        (path / f"runs/toy/{name}.jsonl").write_text("\n".join(lines))
+    return path
 
 
 @pytest.fixture
 def folder(world, tmp_path, monkeypatch):
     """A working directory with the toy world in runs/toy, and a part of its pairs."""
-    (tmp_path / "runs/toy").mkdir(parents=True)
-    for entry in world.iterdir():
-        (tmp_path / "runs/toy" / entry.name).symlink_to(entry)
-    for name, pairs in (("train", 160), ("test", 40)):
-        lines = (world / f"{name}.jsonl").read_text().splitlines()[:pairs]
-        (tmp_path / f"runs/toy/{name}.jsonl").unlink()
-        (tmp_path / f"runs/toy/{name}.jsonl").write_text("\n".join(lines))
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(make_folder(world, tmp_path))
     return tmp_path

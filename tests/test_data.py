@@ -1044,6 +1044,6 @@ def in_two_ranks(rank, folder):
 def test_one_rank_tokenises_for_all(tmp_path):
     write(tmp_path / "data.jsonl", GOOD, PREFERENCES["HH-RLHF"], {"prompt": "a"})
     write(tmp_path / "bad.jsonl", {"prompt": "a"})
-    torch.multiprocessing.start_processes(in_two_ranks, (tmp_path,), nprocs=2, start_method="fork")
+    torch.multiprocessing.start_processes(in_two_ranks, (tmp_path,), nprocs=2, start_method="forkserver")
     (digest, calls), (other, more) = (json.loads((tmp_path / f"rank_{i}").read_text()) for i in (0, 1))
     assert digest == other and calls + more == 3 + 1

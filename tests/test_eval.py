@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import V, finish, make_lm, make_pairs, make_sae, nudge, plain, start
+from conftest import V, make_lm, make_pairs, make_sae, nudge, plain
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
@@ -22,7 +22,7 @@ from runtime import UserError
 from sae import ARRAYS
 from settings import Config, parse_args
 
-WORDS = [*(f"w{i}" for i in range(8, V - 4)), "the", "answer", "is", "here"]
+WORDS = [*(f"w{i}" for i in range(8, V - 6)), "the", "answer", "is", "here", "one", "six"]  # Chat tries these
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ '<u>' if m['role'] == 'user' else '<a>' }} {{ m['content'] }}"
     "{{ '<end>' }}{% endfor %}{% if add_generation_prompt %}{{ '<a>' }}{% endif %}"
@@ -317,13 +317,13 @@ def test_wrong_flags_name_themselves(run, flags, what):
         eval_diversity.parse_args(flags)
 
 
-def test_script_on_two_ranks(run):
+def test_script_on_two_ranks(run, fork):
     """Two processes: the same scores, samples and intervals as one, in the files."""
     words = "--model run/model --reference reference --prompts 5 --samples 3 --max_new_tokens 20 --seed 2"
     words = f"{words} --sample_batch 4 --features_top 4 --bootstrap 50 --train_pairs --json".split()
-    two = start(run, eval_diversity.__file__, *words, "two.json", ranks=2)
+    two = fork(run, eval_diversity.__file__, *words, "two.json", ranks=2)
     eval_diversity.main(eval_diversity.parse_args([*words, "one.json"]))
-    finish(two)
+    two.finish()
     one, two = (json.loads((run / path).read_text()) for path in ("one.json", "two.json"))
     assert set(one.pop("made_by")) == set(two.pop("made_by")) == {"command", "commit", "hardware"}
     again, ends, ends_two = one.pop("train"), one.pop("intervals"), two.pop("intervals")

@@ -176,10 +176,8 @@ def test_snippet_runs():
     assert float(re.search(r"[\d.]+", out.getvalue())[0]) == pytest.approx(0.6758, abs=1e-4)
 
 
-def test_any_model_in_three_commands(folder):
+def test_any_model_in_three_commands(folder, fork):
     """An SAE, FPO, scores: the README's commands with fewer steps, on the toy's files under other names."""
-    from conftest import finish, start
-
     for old, new in {"model": "MODEL", "train.jsonl": "pairs.jsonl", "test.jsonl": "held_out.jsonl"}.items():
         (folder / new).symlink_to(folder / "runs/toy" / old)
     shorter = {"train_sae": "--width 128 --steps 200 --tokens 4000", "fpo": "--steps 3 --eval_every 0"}
@@ -191,7 +189,7 @@ def test_any_model_in_three_commands(folder):
     for command, (what, flags) in zip(commands, shorter.items(), strict=True):
         assert what in command
         words = [str(ROOT / word) if word.endswith(".py") else word for word in shlex.split(command)[1:]]
-        out = finish(start(folder, *words, *flags.split()))
+        out = fork(folder, *words, *flags.split()).finish()
     scores = dict(re.findall(r"^(\w+) +(\S+)", out, flags=re.M))
     assert float(scores["mse_rejected"]) > 0 and 0 < float(scores["reward_accuracy"]) < 1
 

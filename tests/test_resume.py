@@ -18,6 +18,7 @@
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -36,7 +37,7 @@ import filelock
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, Evil, build, finish, lines_of, make_lm, make_pairs, make_sae, start
+from conftest import ROOT, Evil, build, finish, lines_of, make_folder, make_lm, make_pairs, make_sae, start
 from safetensors.torch import load_file, save_file
 from transformers import Gemma2ForCausalLM
 
@@ -46,6 +47,7 @@ import fpo
 import offline
 import settings
 import train
+from checkpoint import StopSignal
 from runtime import UserError, lock_folder, run_script
 
 RUN = ["--preset", "toy", "--method", "fpo", "--steps", "6", "--warmup_steps", "2", "--eval_every", "0"]
@@ -75,15 +77,22 @@ def losses_of(run):
     return [line["loss"] for line in lines_of(run)]
 
 
-def weights_of(run):
-    return hashlib.sha256(Path(run, "model/model.safetensors").read_bytes()).hexdigest()
+def bits_of(run):
+    """A digest of the weights that a run ended with, and its losses, each step's once."""
+    assert [line["step"] for line in lines_of(run)] == [*range(1, len(lines_of(run)) + 1)]
+    return hashlib.sha256(Path(run, "model/model.safetensors").read_bytes()).hexdigest(), losses_of(run)
 
 
-def same_as_whole(run="cut", steps=6):
-    """The run has the bits of the uninterrupted one in `whole`, and each of its lines once."""
-    assert weights_of(run) == weights_of("whole")
-    assert [line["step"] for line in lines_of(run)] == [*range(1, steps + 1)]
-    assert losses_of(run) == losses_of("whole")
+@pytest.fixture(scope="module")
+def whole(world, tmp_path_factory):
+    """Bits of the uninterrupted run by RUN."""
+    folder, threads = make_folder(world, tmp_path_factory.mktemp("whole")), torch.get_num_threads()
+    torch.set_num_threads(1)
+    with contextlib.chdir(folder):
+        run("--out", "whole")
+        found = bits_of("whole")
+    torch.set_num_threads(threads)
+    return found
 
 
 def run_until(step, *flags):
@@ -102,9 +111,8 @@ def run_until(step, *flags):
 
 
 # ---------------------------------------------------------------------------- interruptions
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("optimizer", ["adam", "rmsprop"])
-def test_resume_is_bit_identical(folder, dtype, optimizer):
+@pytest.mark.parametrize("optimizer, dtype", [("adam", "float32"), ("rmsprop", "bfloat16")])
+def test_resume_is_bit_identical(folder, optimizer, dtype):
     """Uninterrupted, and dead in step 5 of 6 after a state of step 3: the same bits; no metrics line lost."""
     flags = ["--dtype", dtype, "--optimizer", optimizer, "--save_every", "3"]
     run(*flags, "--out", "whole")
@@ -113,29 +121,19 @@ def test_resume_is_bit_identical(folder, dtype, optimizer):
     (folder / "cut/state/step_00000001").mkdir()  # as if it had died before the older state went
     (folder / "cut/state/step_00000004.tmp").mkdir()  # and while it wrote another
     run(*flags, "--out", "cut", "--resume")
-    same_as_whole()
+    assert bits_of("cut") == bits_of("whole")
     assert [path.name for path in (folder / "cut/state").iterdir()] == ["step_00000006"]
-
-
-def torchrun(folder, *words, ranks=2, options=()):
-    return start(folder, ROOT / "train.py", *RUN, *words, ranks=ranks, options=options)
-
-
-def ranks_of(process) -> list[int]:
-    """Process ids of torchrun's ranks."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    return [int(pid) for pid in children.read_text().split()] if children.exists() else []
 
 
 MOMENTS = ("caching", "training", "saving", "resuming", "anywhere")
 
 
-def wait_for(moment, process, folder, rng):
+def wait_for(moment, processes, folder, rng):
     """Return when the run is at the moment to kill it at, or has ended."""
     run, cache = folder / "cut", folder / "runs/toy/reference"
     shards, steps = len(list(cache.rglob("shard_*.safetensors"))), len(lines_of(run))
     began, delay = time.time(), rng.uniform(0.5, 9)
-    while process.poll() is None:
+    while processes.running():
         made = len(list(cache.rglob("shard_*.safetensors")))
         if moment == "caching" and (made > shards or list(cache.rglob("*.tmp"))):
             return
@@ -149,56 +147,75 @@ def wait_for(moment, process, folder, rng):
         time.sleep(0.002)
 
 
-def kill_and_resume(folder, moments, seed):
-    """Kill a run at each moment and resume it; whenever it ends, it ends as an uninterrupted one."""
-    finish(torchrun(folder, "--out", "whole", "--cache_dir", "other"))
+def kill_and_resume(folder, moments, seed, launch, kill_one):
+    """Kill a run at each moment and resume it; whenever it ends, it ends as an uninterrupted one.
+
+    launch: starts two ranks of train.py with these flags; kill_one: kill -9 of one of these processes.
+    """
+    launch("--out", "whole", "--cache_dir", "other").finish()
     rng, flags = random.Random(seed), ["--out", "cut", "--save_every", "1", "--resume"]
     for number, moment in enumerate(moments):
         if moment == "caching":  # the next start has a cache to make
             for shard in list((folder / "runs/toy/reference").rglob("shard_*"))[::2]:
                 shard.unlink()
-        process = torchrun(folder, *flags)
-        wait_for(moment, process, folder, rng)
-        ranks = ranks_of(process)
-        victim = rng.choice([*ranks, process.pid])
-        ended = process.poll() is not None
-        for pid in [] if ended else [victim, *(ranks if victim == process.pid else ())]:
-            with contextlib.suppress(ProcessLookupError):  # torchrun's ranks outlive it
-                os.kill(pid, signal.SIGKILL)
-        out, _ = process.communicate(timeout=120)
+        processes = launch(*flags)
+        wait_for(moment, processes, folder, rng)
+        ended = not processes.running()
+        if ended:
+            processes.finish()
+        else:
+            kill_one(processes, rng)
         print(number, moment, "ended before" if ended else "killed", len(lines_of("cut")), flush=True)
-        assert not ended or process.returncode == 0, out[-3000:]
         if (folder / "cut/scores.json").exists():  # all six steps are behind it: begin again
-            same_as_whole()
+            assert bits_of("cut") == bits_of("whole")
             shutil.rmtree(folder / "cut")
-    finish(torchrun(folder, *flags))
-    same_as_whole()
+    launch(*flags).finish()
+    assert bits_of("cut") == bits_of("whole")
 
 
-def test_killed_at_any_moment(folder):
-    kill_and_resume(folder, MOMENTS[:3], seed=0)
+def test_killed_at_any_moment(folder, fork):
+    def launch(*flags):
+        return fork(folder, ROOT / "train.py", *RUN, *flags, ranks=2)
+
+    def kill_one(processes, rng):
+        rng.choice(processes.processes).kill()
+        while processes.running():  # the other is ended, as torchrun does it
+            time.sleep(0.005)
+
+    kill_and_resume(folder, MOMENTS[:3], 0, launch, kill_one)
 
 
-@pytest.mark.kill
-def test_killed_twenty_times(folder):
-    kill_and_resume(folder, MOMENTS * 4, seed=1)
-
-
-def test_sigterm_saves_and_leaves(folder):
+def test_sigterm_saves_and_leaves(folder, fork, whole):
     """SIGTERM to a rank's whole group, as torchrun sends it, the process that makes batches included (CUDA's
     only): status 0, a state; --resume ends with the same bits.
     """
-    run("--out", "whole")
     code = "import batches, runtime, train; batches.LOADERS['cpu'] = 1; runtime.run_script(train.main)"
-    process = start(folder, "-c", code, *RUN, "--out", "cut", "--resume")
+    process = fork(folder, "-c", code, *RUN, "--out", "cut", "--resume")
     while not lines_of("cut"):
-        assert process.poll() is None, process.communicate()[0]
+        assert process.running(), process.finish()
         time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGTERM)
-    assert "go on with --resume" in finish(process)
+    os.killpg(process.processes[0].pid, signal.SIGTERM)
+    assert "go on with --resume" in process.finish()
     assert 0 < len(lines_of("cut")) < 6 and not (folder / "cut/model").exists()
     run("--out", "cut", "--resume")
-    same_as_whole()
+    assert bits_of("cut") == whole
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_does_what_it_did_before(number):
+    """The first is noted, for the loop to save and leave; a loop that hangs is ended by the second."""
+    came, other = [], {signal.SIGTERM: signal.SIGINT, signal.SIGINT: signal.SIGTERM}[number]
+    before = {one: signal.signal(one, lambda number, frame: came.append(number)) for one in (number, other)}
+    try:
+        stop = StopSignal()
+        assert not stop.came
+        signal.raise_signal(number)
+        assert stop.came and not came
+        signal.raise_signal(number), signal.raise_signal(other)
+        assert came == [number, other]
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
 
 
 def test_two_runs_in_one_folder(folder):
@@ -268,7 +285,7 @@ def test_a_topk_sae_trains_caches_and_resumes(folder):
     assert len(cache_of(folder)) == 4
     (folder / "topk/cfg.json").write_text(json.dumps(cfg))
     run(*flags, "--out", "cut", "--resume")
-    same_as_whole()
+    assert bits_of("cut") == bits_of("whole")
 
 
 def cache_of(folder):
@@ -295,15 +312,13 @@ def test_pickled_model_is_refused(folder):
     assert "evil" in refused("--model", "./evil") and not (folder / "unpickled").exists()
 
 
-def test_a_run_that_begins_anew(folder):
+def test_a_run_that_begins_anew(folder, whole):
     """In the folder of one that came further, dead after its first state: not taken for the other."""
-    new = ["--lr", "1e-3", "--save_every", "2"]
-    run(*new, "--out", "whole")
-    run("--out", "cut", "--save_every", "3")
-    run_until(3, *new, "--out", "cut")
-    run(*new, "--out", "cut", "--resume")
-    same_as_whole()
-    assert Path("cut/state.old/step_00000006/state.json").exists()
+    run_until(4, "--lr", "1e-3", "--out", "cut", "--save_every", "4")
+    run_until(3, "--out", "cut", "--save_every", "2")
+    run("--out", "cut", "--save_every", "2", "--resume")
+    assert bits_of("cut") == whole
+    assert Path("cut/state.old/step_00000004/state.json").exists()
 
 
 # ---------------------------------------------------------------------------- the disk
@@ -341,7 +356,7 @@ FULL = {  # at which function's call the disk is full, which call, bytes that a 
 
 
 @pytest.mark.parametrize("what", FULL)
-def test_full_disk(folder, monkeypatch, what):
+def test_full_disk(folder, monkeypatch, whole, what):
     """One line names the file; what was there is whole, what was begun gone; with room again it goes on."""
     (folder / "cut/model").mkdir(parents=True)
     (folder / "cut/model/weights").write_text("of an earlier run")
@@ -363,8 +378,7 @@ def test_full_disk(folder, monkeypatch, what):
     assert old.items() <= files("cut", "runs/toy/reference").items()
     monkeypatch.setattr(module, name, real)
     run("--out", "cut", "--save_every", "2", "--resume")
-    run("--out", "whole")
-    same_as_whole()
+    assert bits_of("cut") == whole
     assert not (folder / "cut/model/weights").exists()
 
 
@@ -449,6 +463,43 @@ def test_two_processes_one_cache(cache, capfd):
 
 
 # ---------------------------------------------------------------------------- several ranks
+def torchrun(folder, *words, ranks=2, options=()):
+    return start(folder, ROOT / "train.py", *RUN, *words, ranks=ranks, options=options)
+
+
+def ranks_of(process) -> list[int]:
+    """Process ids of torchrun's ranks."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return [int(pid) for pid in children.read_text().split()] if children.exists() else []
+
+
+class Torchrun:
+    """torchrun with two ranks, as kill_and_resume takes them."""
+
+    def __init__(self, folder, *flags):
+        self.process = torchrun(folder, *flags)
+
+    def running(self):
+        return self.process.poll() is None
+
+    def kill_one(self, rng):
+        """Of torchrun, whose ranks would outlive it, or of a rank."""
+        ranks, torchruns = ranks_of(self.process), self.process.pid
+        victim = rng.choice([*ranks, torchruns])
+        for pid in [victim, *(ranks if victim == torchruns else ())]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.communicate(timeout=120)
+
+    def finish(self):
+        return finish(self.process)
+
+
+@pytest.mark.kill
+def test_killed_twenty_times(folder):
+    kill_and_resume(folder, MOMENTS * 4, 1, functools.partial(Torchrun, folder), Torchrun.kill_one)
+
+
 def kill_rank(process, rank, run, after):
     """kill -9 of a rank once the run has logged so many steps."""
     while len(lines_of(run)) < after:
@@ -476,10 +527,9 @@ except train.UserError as error:
 """
 
 
-def test_two_ranks_decide_alike(folder):
+def test_two_ranks_decide_alike(folder, fork):
     """A NaN that rank 1 alone sees stops both, and they name the step and its pairs."""
-    (folder / "ranks.py").write_text(RANKS)
-    finish(start(folder, "ranks.py", *RUN, "--out", "stop", ranks=2))
+    fork(folder, "-c", RANKS, *RUN, "--out", "stop", ranks=2).finish()
     a, b = (json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(2))
     assert a == b and re.match(r"step 2: .*not finite; .* pairs \[\d+(, \d+){15}\]", a)
 
@@ -492,7 +542,7 @@ def test_restarted_by_torchrun(folder):
     process = torchrun(folder, *flags, options=["--standalone", "--max_restarts", "1"])
     kill_rank(process, 1, "cut", after=7)
     finish(process)
-    same_as_whole(steps=60)
+    assert bits_of("cut") == bits_of("whole")
 
 
 @pytest.mark.kill
@@ -503,7 +553,7 @@ def test_three_ranks_resume(folder):
     kill_rank(process, 2, "cut", after=4)
     process.communicate(timeout=120)
     finish(torchrun(folder, "--out", "cut", "--save_every", "3", "--resume", ranks=3))
-    same_as_whole()
+    assert bits_of("cut") == bits_of("whole")
 
 
 @pytest.mark.kill

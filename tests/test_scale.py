@@ -406,7 +406,7 @@ def work(rank, folder):
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(work, (str(folder),), nprocs=2)
+    torch.multiprocessing.start_processes(work, (str(folder),), nprocs=2, start_method="forkserver")
     return [torch.load(folder / str(rank), weights_only=True) for rank in range(2)]
 
 

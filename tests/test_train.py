@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from conftest import ROOT, finish, lines_of, make_lm, make_lm_with_images, make_pairs, start
+from conftest import ROOT, lines_of, make_lm, make_lm_with_images, make_pairs
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, Gemma2ForCausalLM
 from transformers.models.gemma2.modeling_gemma2 import Gemma2MLP
@@ -36,15 +36,16 @@ def run(*flags):
     train.main(settings.parse_args(list(map(str, flags))))
 
 
-def test_two_ranks_do_what_one_does(folder):
+def test_two_ranks_do_what_one_does(folder, fork):
     """Two processes, small micro-batches, blocks made again, rows of the other layout: what one process does.
 
     Of 33 pairs: in the second of three steps there is one, and a rank has none.
     """
     flags = ["--method", "fpo", *SHORT[:-1], "--eval_every", "2", "--dataset", f"{TRAIN}:train[:33]"]
     other = ["--micro_batch_tokens", "400", "--activation_checkpointing", "--layout", "shared"]
-    out = finish(start(folder, ROOT / "train.py", *flags, *other, "--out", "two", ranks=2))
+    two = fork(folder, ROOT / "train.py", *flags, *other, "--out", "two", ranks=2)
     run(*flags, "--layout", "separate", "--out", "one")
+    out = two.finish()
     two, one = lines_of("two"), lines_of("one")
     assert [line["step"] for line in two] == [1, 2, 3] and "eval_accuracy" in two[1]
     for a, b in zip(two, one, strict=True):
@@ -64,11 +65,11 @@ def test_two_ranks_do_what_one_does(folder):
 
 
 @pytest.mark.parametrize("method", ["fpo", "tdpo2"])
-def test_fsdp_trains_what_one_process_trains(folder, method):
+def test_fsdp_trains_what_one_process_trains(folder, fork, method):
     """Weights, or weights and the held reference, shared out over two ranks: the same losses, gradients."""
     flags = ["--preset", "toy", "--method", method, "--steps", "3", "--eval_every", "0", "--no_eval_kl"]
     shared = ["--shard", "fsdp", "--activation_checkpointing", "--out", "shared"]
-    finish(start(folder, ROOT / "train.py", *flags, *shared, ranks=2))
+    fork(folder, ROOT / "train.py", *flags, *shared, ranks=2).finish()
     run(*flags, "--out", "alone")
     for a, b in zip(lines_of("shared"), lines_of("alone"), strict=True):
         for name in ("loss", "grad_norm"):
