@@ -218,6 +218,19 @@ def test_a_second_signal_does_what_it_did_before(number):
             signal.signal(one, handler)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_finds_the_former_handlers(number):
+    """The first is noted, of either kind; whatever comes next does what it did before: it ends the run."""
+    both = (signal.SIGTERM, signal.SIGINT)
+    before, stop = [signal.getsignal(n) for n in both], checkpoint.StopSignal()
+    try:
+        assert not stop.came and [signal.getsignal(n) for n in both] == [stop.note] * 2
+        signal.raise_signal(number)
+        assert stop.came and [signal.getsignal(n) for n in both] == before
+    finally:
+        stop.restore()
+
+
 def test_two_runs_in_one_folder(folder):
     """While another holds a run's folder a run is refused and writes nothing; then it goes on."""
     (folder / "run").mkdir()
