@@ -115,11 +115,14 @@ def out_of_memory(error, pairs, config) -> str:
     return f"{what}; less is needed by {', '.join(less)}"
 
 
-def audit_and_freeze(policy, pairs, config, rows) -> dict:
-    """`audit`, printed; then freeze parameters that get no gradient (a vision tower), as DDP needs."""
+def audit_and_freeze(policy, pairs, config, rows, *, trains=True) -> dict:
+    """`audit`, printed; then freeze parameters that get no gradient (a vision tower), as DDP needs.
+
+    trains: False for an evaluation, which needs no gradients.
+    """
     try:
         found = audit(policy, pairs, k=config.k, **rows)
-        if config.shard != "fsdp":
+        if trains and config.shard != "fsdp":
             freeze(policy, pairs, rows)
     except torch.OutOfMemoryError as error:
         refuse(out_of_memory(error, pairs, config))

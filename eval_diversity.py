@@ -47,6 +47,7 @@ import loading
 import losses
 import metrics
 import runtime
+from audit import audit_and_freeze
 from metrics import summary
 from runtime import refuse
 from settings import Config, flag
@@ -300,13 +301,15 @@ def main(settings: Settings | None = None):
     reads = config.sae is not None and (settings.reference or settings.features_top)
     saes, sites = loading.load_saes(config, device) if reads else ([], [])
     dtype = loading.torch_dtype(config, device)
+    rows = loading.choose_layout(config, pairs, device)
     policy = fpo.Policy(loading.load_lm(config.model, device, dtype=dtype), saes, sites)
+    audit_and_freeze(policy, pairs, config, rows, trains=False)  # what train.py refuses is not scored either
     if settings.reference:
-        reference = loading.load_lm(settings.reference, device, dtype=dtype)
-        policy.hold_reference(fpo.Policy(reference, saes, sites))
+        reference = fpo.Policy(loading.load_lm(settings.reference, device, dtype=dtype), saes, sites)
+        audit_and_freeze(reference, pairs, config, rows, trains=False)
+        policy.hold_reference(reference)
 
     # ---- scores
-    rows = loading.choose_layout(config, pairs, device)
     rows |= {"max_tokens": config.micro_batch_tokens, "progress": main_rank}
     scores = evaluate(policy, tokenizer, pairs, settings, samples=settings.samples, **rows)
     if training is not None:

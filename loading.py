@@ -2,6 +2,7 @@
 
 import gc
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -32,9 +33,14 @@ def load_config(name: str):
         refuse(f"model {name!r}: its weights are quantised; training needs float32 or bfloat16 weights")
     text = config.get_text_config()
     for key, value in vars(text).items():  # reference and policy must see the same network at every step
-        if ("dropout" in key or "jitter" in key) and isinstance(value, float):
+        if ("drop" in key or "jitter" in key) and isinstance(value, float):  # resid_pdrop, layerdrop too
             setattr(text, key, 0.0)
     return config
+
+
+def positions(config) -> int:
+    """How many tokens a model can place (max_position_embeddings), or more than there will ever be."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31
 
 
 def load_lm(name: str, device, *, dtype=torch.float32, move=True):
@@ -47,8 +53,17 @@ def load_lm(name: str, device, *, dtype=torch.float32, move=True):
     """
     attention = "flex_attention" if torch.device(device).type == "cuda" else None
     options = {"config": load_config(name), "dtype": dtype, "attn_implementation": attention}
+    options |= {"use_safetensors": True, "output_loading_info": True}
     with runtime.hub_errors("model", name):
-        lm = AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, **options)
+        lm, found = cast(tuple[Any, dict], AutoModelForCausalLM.from_pretrained(name, **options))
+    # A weight that no file holds would be random; the audit compares the model with itself, and can't tell.
+    if missing := sorted(found["missing_keys"]):
+        others = sorted(found["unexpected_keys"])[:1]
+        holds = f"; they hold {others[0]}, which it does not know" if others else ""
+        refuse(f"model {name!r}: its files lack {len(missing)} of its weights, first {missing[0]}{holds}")
+    for key, tensor in lm.state_dict().items():
+        if not tensor.isfinite().all():
+            refuse(f"model {name!r}: its weight {key} holds NaN or infinity")
     return lm.to(device) if move else lm
 
 
@@ -90,6 +105,10 @@ def load_data(flag_name, config, tokenizer):
     )  # fmt: skip
     if (most := pairs.largest_token()) >= size:
         refuse(f"{source}: token id {most} of a vocabulary of {size}: the tokenizer is another model's")
+    longest = int((pairs.sizes[:, 0] + pairs.sizes[:, 1:].amax(1)).max())
+    places = min(positions(load_config(n)) for n in (config.model, config.reference))
+    if longest > places:
+        refuse(f"{source}: a pair of {longest} tokens, the model has {places} positions: lower --max_length")
     if runtime.ranks()[0] == 0:
         chat = data.Chat(tokenizer, config.chat_format)
         template = f"chat template: {chat.name}, an answer ends with {tokenizer.decode(chat.end)}"

@@ -9,8 +9,8 @@ import weakref
 import pytest
 import torch
 from conftest import ROOT, lines_of, make_lm, make_lm_with_images, make_pairs
-from safetensors.torch import load_file
-from transformers import AutoTokenizer, Gemma2ForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gemma2ForCausalLM
 from transformers.models.gemma2.modeling_gemma2 import Gemma2MLP
 
 import audit
@@ -357,6 +357,86 @@ def test_models_that_do_not_fit(folder):
         for flag in ("--model", "--reference"):
             with pytest.raises(UserError, match=says):
                 run(*SHORT, flag, f"./{name}")
+
+
+def damage(tensors, name, value):
+    """The same tensors, but for one number."""
+    tensor = tensors[name].clone()
+    tensor.view(-1)[-1] = value
+    return tensors | {name: tensor}
+
+
+DAMAGE = [  # what becomes of a file's tensors, what is said
+    (lambda t: {f"_orig_mod.{n}": x for n, x in t.items()}, r"lack \d+ .*they hold _orig_mod\.lm_head"),
+    (lambda t: {f"base_model.model.{n}": x for n, x in t.items()}, "lack .*they hold base_model"),
+    (lambda t: {n: x for n, x in t.items() if "layers.2.mlp.up" not in n}, r"lack 1 of .*layers\.2\.mlp\.up"),
+    (
+        lambda t: {n: x for n, x in t.items() if n != "lm_head.weight"},
+        r"lack 1 of its weights, first lm_head\.weight",
+    ),
+    (lambda t: t | {"model.norm.weight": t["model.norm.weight"][:9]}, "can't be loaded"),
+    (lambda t: damage(t, "model.norm.weight", float("nan")), r"model\.norm\.weight holds NaN or infinity"),
+    (lambda t: damage(t, "lm_head.weight", float("-inf")), r"lm_head\.weight holds NaN or infinity"),
+]
+
+
+def test_weights_are_those_of_the_file(folder):
+    """Names that don't fit would leave random weights, which the audit, a model against itself, can't see."""
+    save_toy(folder, "odd", tie_word_embeddings=False)
+    whole = load_file("odd/model.safetensors")
+    for change, says in DAMAGE:
+        save_file(change(whole), "odd/model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(UserError, match=says) as error:
+            loading.load_lm("./odd", "cpu")
+        assert "\n" not in str(error.value)
+    save_file(whole, "odd/model.safetensors", metadata={"format": "pt"})
+    loaded = loading.load_lm("./odd", "cpu").state_dict()
+    assert loaded.keys() == whole.keys() and all(torch.equal(loaded[name], whole[name]) for name in whole)
+
+
+def test_dropout_by_its_other_names(folder):
+    dropout = {"attention_dropout": 0.1, "resid_pdrop": 0.2, "embd_pdrop": 0.3}
+    AutoConfig.for_model("phi", **dropout).save_pretrained(folder / "phi")
+    assert {name: getattr(loading.load_config("./phi"), name) for name in dropout} == dict.fromkeys(
+        dropout, 0.0
+    )
+    AutoConfig.for_model("opt", layerdrop=0.1, dropout=0.1).save_pretrained(folder / "opt")
+    assert loading.load_config("./opt").layerdrop == loading.load_config("./opt").dropout == 0.0
+
+
+def test_positions_that_a_model_has_not(folder):
+    """Longer pairs are refused, those that fill the last position are not."""
+    tokenizer = AutoTokenizer.from_pretrained("runs/toy/model")
+    config = settings.parse_args(["--preset", "toy"])
+    sizes = loading.load_data("dataset", config, tokenizer).sizes
+    longest = int((sizes[:, 0] + torch.maximum(sizes[:, 1], sizes[:, 2])).max())
+    for places, fits in ((longest, True), (longest - 1, False)):
+        save_toy(folder, f"of_{places}", max_position_embeddings=places)
+        for flag in ("model", "reference"):
+            flags = ["--preset", "toy", f"--{flag}", f"./of_{places}"]
+            config = settings.parse_args(flags)
+            if fits:
+                assert len(loading.load_data("dataset", config, tokenizer)) == len(sizes)
+            else:
+                with pytest.raises(
+                    UserError, match=f"a pair of {longest} tokens, the model has {places} pos"
+                ):
+                    loading.load_data("dataset", config, tokenizer)
+
+
+def test_what_training_refuses_is_not_scored_either(folder):
+    """A scale of the logits that our forward knows nothing of: the model's own forward has it."""
+    tokenizer = AutoTokenizer.from_pretrained("runs/toy/model")
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4}
+    config = AutoConfig.for_model("cohere", vocab_size=len(tokenizer), logit_scale=0.25, **sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "scaled")
+    tokenizer.save_pretrained(folder / "scaled")
+    with pytest.raises(UserError, match="differs from the model's own forward"):
+        run(*SHORT, "--method", "dpo", "--model", "./scaled")
+    for models in (["./scaled", "runs/toy/model"], ["runs/toy/model", "./scaled"]):
+        flags = ["--preset", "toy", "--samples", "0", "--model", models[0], "--reference", models[1]]
+        with pytest.raises(UserError, match="differs from the model's own forward"):
+            eval_diversity.main(eval_diversity.parse_args(flags))
 
 
 def test_parameters_without_a_gradient_are_frozen():
