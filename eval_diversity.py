@@ -11,6 +11,8 @@ Scores, by their keys in --json. Of pairs:
     mse_chosen, mse_rejected       D_FPO (Eq. 10), mean over pairs (Fig. 4)
     kl_gap, mse_gap                |β D(y_l) - β D(y_w)|, mean over pairs (Figs. 3, 4)
     activations_policy, .._reference   a response's largest pooled features, mean by rank (Fig. 2 left)
+    features_moved                 those whose pooled mean changed most from the reference: id, before, after,
+                                   and on how many responses it is active (--features_top)
     train                          all these again for training pairs (--train_pairs; Table 2's protocol)
 Of sampled responses:
     predictive_entropy, .._per_token   -log π(y|x); that over |y|; nats, mean over responses
@@ -74,7 +76,7 @@ class Settings:
     )
     json: str | None = flag(None, "file for all that is printed")
     beta: float = flag(0.1, "β of the gaps; one for all methods, so that they can be compared")
-    features_top: int = flag(0, "largest pooled features by rank (Fig. 2: 50); 0: none")
+    features_top: int = flag(0, "largest pooled features (Fig. 2: 50), and those that moved most; 0: none")
     bootstrap: int = flag(1000, "resamples for the intervals; 0: none")
     # samples: 25 a prompt from a nucleus of 0.95, as TDPO's paper does; 100 prompts, as FPO's text says
     samples: int = flag(25, "responses to a prompt; 0: none")
@@ -283,6 +285,9 @@ def evaluate(policy, tokenizer, pairs, settings, *, samples=0, **budget_and_rows
     for name in ("activations_policy", "activations_reference"):
         if f"{name}_chosen" in table:
             scores[name] = torch.cat([table[f"{name}_chosen"], table[f"{name}_rejected"]]).mean(0).tolist()
+    if settings.features_top and policy.saes and policy.reference:
+        moved = metrics.moved_features(policy, pairs, settings.features_top, **budget_and_rows)
+        scores["features_moved"] = moved
     return scores
 
 
@@ -318,6 +323,9 @@ def main(settings: Settings | None = None):
         for name in (name for name, value in part.items() if main_rank and isinstance(value, float)):
             low_high = part.get("intervals", {}).get(name, ())
             print(f"{title + name:<34}{part[name]:>10.4g}  ", *(f"{end:>10.4g}" for end in low_high))
+        for f in part.get("features_moved", ()) if main_rank else ():
+            on = f"on {f['responses']} responses"
+            print(f"{title}feature {f['id']}: {f['before']:.4g} before, {f['after']:.4g} after, {on}")
     if main_rank and settings.json:
         runtime.write_json(settings.json, scores | {"made_by": runtime.made_by()})
     if dist.is_initialized():

@@ -5,7 +5,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import offline
-from batches import stream
+from batches import plan_for_one, stream
 from fpo import distances
 from losses import PER_TOKEN
 from runtime import ranks
@@ -87,6 +87,35 @@ def _response_values(policy, reference, k, units, top):
             c = says.features[0]
             values[f"activations_{name}"] = c.topk(min(top, c.shape[1])).values
     return values
+
+
+@torch.no_grad()
+def moved_features(policy, pairs, top, *, max_tokens=0, progress=False, **rows) -> list[dict]:
+    """The `top` features of the first SAE whose pooled mean moved most from the held reference's; most first.
+
+    Returns [{"id", "before", "after", "responses"}], the same on every rank: c̄ (Eq. 10) of the reference and
+    of the policy, each a mean over all responses; and on how many responses either has the feature active.
+    """
+    rank, world = ranks()
+    groups = plan_for_one(pairs, range(len(pairs)), max_tokens=max_tokens, **rows)[rank::world]
+    sums = torch.zeros(3, policy.saes[0].m, dtype=torch.float64, device=policy.lm.device)  # (3, m)
+    batches = stream(pairs, groups, device=policy.lm.device, **rows)
+    shown = progress and rank == 0
+    policy.eval()
+    for batch, _ in tqdm(batches, "features", len(groups), disable=None if shown else True, leave=False):
+        after, before = (says.features[0] for says in policy(batch))  # (2·B, m) each
+        active = (before != 0) | (after != 0)
+        sums += torch.stack([before, after, active.float()]).sum(1)
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    responses = int((pairs.sizes[:, 1:] > 0).sum())  # an SFT pair has one
+    before, after = sums[:2] / responses
+    ids = (after - before).abs().topk(min(top, len(before))).indices
+    columns = (values[ids].tolist() for values in (before, after, sums[2]))
+    return [
+        {"id": i, "before": b, "after": a, "responses": int(n)}
+        for i, b, a, n in zip(ids.tolist(), *columns, strict=True)
+    ]
 
 
 def pair_columns(table, *, method=None, beta=0.1) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

@@ -98,6 +98,19 @@ def test_scores_against_plain_loops(lm, tokenizer):
         # By rank: each response sorted by itself, then the mean.
         by_rank = x[name].sort(descending=True).values[:, :5].mean(0)
         assert scores[f"activations_{whose}"] == pytest.approx(by_rank.tolist(), rel=1e-4)
+    # Which features moved: one response and one feature at a time.
+    after, before = x["features0"].tolist(), x["ref_features0"].tolist()  # 18 × M
+    moved = []
+    for i in range(sae.m):
+        a, b = (sum(response[i] for response in many) / 18 for many in (after, before))
+        on = sum(y[i] != 0 or z[i] != 0 for y, z in zip(after, before, strict=True))
+        moved.append((abs(a - b), {"id": i, "before": b, "after": a, "responses": on}))
+    moved.sort(key=lambda pair: -pair[0])
+    assert min(row["after"] - row["before"] for _, row in moved[: sae.m // 4]) < 0  # down, too
+    everything = metrics.moved_features(policy, pairs, sae.m, layout="separate")
+    for found, n in ((scores["features_moved"], 5), (everything, sae.m // 4)):
+        for (_, expected), row in zip(moved[:n], found[:n], strict=True):
+            assert row == {name: pytest.approx(value, rel=1e-4, abs=1e-6) for name, value in expected.items()}
     # The reward is the method's own, D_FPO is in the run's units; without a method there is no such reward.
     assert scores["reward_accuracy"] == share("ratio", True)
     settings = make_settings(method="simpo", units=[4.0])
@@ -317,17 +330,26 @@ def test_wrong_flags_name_themselves(run, flags, what):
         eval_diversity.parse_args(flags)
 
 
-def test_script_on_two_ranks(run, fork):
+def test_script_on_two_ranks(run, fork, capsys):
     """Two processes: the same scores, samples and intervals as one, in the files."""
     words = "--model run/model --reference reference --prompts 5 --samples 3 --max_new_tokens 20 --seed 2"
     words = f"{words} --sample_batch 4 --features_top 4 --bootstrap 50 --train_pairs --json".split()
     two = fork(run, eval_diversity.__file__, *words, "two.json", ranks=2)
     eval_diversity.main(eval_diversity.parse_args([*words, "one.json"]))
+    printed = capsys.readouterr().out
     two.finish()
     one, two = (json.loads((run / path).read_text()) for path in ("one.json", "two.json"))
     assert set(one.pop("made_by")) == set(two.pop("made_by")) == {"command", "commit", "hardware"}
     again, ends, ends_two = one.pop("train"), one.pop("intervals"), two.pop("intervals")
     two.pop("train")
+    moved, moved_two = one.pop("features_moved"), two.pop("features_moved")
+    assert [f["id"] for f in moved] == [f["id"] for f in moved_two] and len(moved) == 4
+    for f, g in zip(moved, moved_two, strict=True):
+        assert f == pytest.approx(g, rel=1e-4, abs=1e-6)
+        line = (
+            f"feature {f['id']}: {f['before']:.4g} before, {f['after']:.4g} after, on {f['responses']} resp"
+        )
+        assert line in printed
     assert one.keys() == two.keys() and len(one["activations_reference"]) == 4 and len(ends) > 15
     assert {"entropy", "teacher_forced_entropy_all", "reward_accuracy", "self_bleu"} <= one.keys()
     for name in one:
