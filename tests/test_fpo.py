@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from conftest import V, build, identity_of, make_lm, make_pairs, make_sae, nudge, plain, run_plainly
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import create_block_mask
 from transformers import (
     Gemma2ForCausalLM,
@@ -250,6 +251,25 @@ def test_a_step_leaves_no_states_behind(lm, saes):
     assert not any(norms.requires_grad for norms in statistics.norms)
     (statistics.logps.sum() + statistics.features[0].sum()).backward()
     assert [hook.value for hook in policy._hooks] == [None]
+
+
+@pytest.mark.slow
+@torch.no_grad()  # flex_attention has no backward on the CPU
+def test_no_length_of_a_row_compiles_anew():
+    """Layers are compiled for the first length, then once for any: both with a window and without."""
+    lm, compiled, counts = make_lm(sliding_window=50), CompileCounter(), []
+    lm.set_attn_implementation("flex_attention")
+    for layer in lm.model.layers:
+        layer.compile(backend=compiled)
+    policy, lengths = fpo.Policy(lm), []
+    for n in (2, 5, 4, 8, 3):
+        pairs = make_pairs(n, longest=120)
+        batch = collate(pairs, range(n), layout="shared", row_tokens=16384, row_multiple=128)
+        policy(batch)
+        lengths.append(batch.tokens.shape)
+        counts.append(compiled.frame_count)
+    assert len(set(lengths)) >= 4 and {rows for rows, _ in lengths} == {1}
+    assert counts[0] == 2 and counts[1:] == [4] * 4
 
 
 # ---- the cache
