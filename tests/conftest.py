@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -273,21 +274,25 @@ def lines_of(run):
 
 @pytest.fixture(scope="session", autouse=True)
 def world_in_the_making(request, tmp_path_factory):
-    """The toy world, made by another process while the first tests run, if a test needs it."""
+    """The process that makes the toy world while the first tests run, if a test needs it; and its folder."""
     cache = str(tmp_path_factory.mktemp("datasets"))  # of tests and scripts: never the user's own
     os.environ["HF_DATASETS_CACHE"] = datasets.config.HF_DATASETS_CACHE = cache
-    out = tmp_path_factory.mktemp("toy")
     if not any("world" in item.fixturenames for item in request.session.items):
-        return None
-    return start(out, ROOT / "toy.py", "--out", out / "world"), out / "world"
+        yield
+        return
+    out = tmp_path_factory.mktemp("toy")
+    process = start(out, ROOT / "toy.py", "--out", out / "world")
+    forkserver.ensure_running()  # and loads what it preloads meanwhile
+    yield process, out / "world"
+    process.kill()
 
 
 @pytest.fixture(scope="session")
 def world(world_in_the_making):
     """The toy world's folder."""
-    process, out = world_in_the_making
+    process, folder = world_in_the_making
     finish(process)
-    return out
+    return folder
 
 
 def make_folder(world, path):

@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from conftest import SERVER
 
 import data
 import runtime
@@ -17,7 +18,7 @@ FLAGS = ["--prompt", "24", "--response", "8", "--rounds", "1"]
 
 
 def test_the_script_measures_two_methods(tmp_path, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of the processes that measure
+    monkeypatch.setattr(bench.multiprocessing, "get_context", lambda kind: SERVER)  # a new process, at once
     bench.main([*FLAGS, "--json", str(tmp_path / "figures.json"), "--methods", "simpo", "fpo"])
     simpo, other = json.loads((tmp_path / "figures.json").read_text())["figures"]["tiny"]
     assert simpo["pairs/s"] == pytest.approx(8e3 / simpo["ms"])

@@ -10,7 +10,6 @@ import io
 import json
 import re
 import shlex
-import statistics
 import sys
 from pathlib import Path
 
@@ -134,22 +133,43 @@ def test_results_say_how_they_were_made():
         assert "CPU" in made["hardware"]
 
 
-@pytest.mark.parametrize("what", ["comparison", "control", "ablation"])
+def cells(text):
+    """{(row's label, place in its row): its numbers} of a table."""
+    rows = [line.strip("|").split("|") for line in text.splitlines()[2:]]
+    number = r"-?\d[\d.]*(?:e[-+]\d+)?"
+    return {
+        (row[0].strip(), i): [float(x) for x in re.findall(number, cell)]
+        for row in rows
+        for i, cell in enumerate(row[1:])
+    }
+
+
+@pytest.mark.parametrize("what", ["comparison", "ablation", "frontier", "control"])
 def test_tables_are_those_of_the_rows(what):
-    """Mean and deviation over seeds, anew from results.json, of the first column that every run has."""
-    rows = json.loads((ASSETS / "results.json").read_text())[what]["rows"]
-    text = (ASSETS / f"{what}.md").read_text()
-    accuracy = {}
-    for row in rows:
-        if what == "ablation" and row["name"] in ("sft", "dpo", "tdpo1"):
-            continue  # no table there has their accuracy
-        accuracy.setdefault(row["name"], []).append(100 * row["scores"]["accuracy"])
-    several = [values for values in accuracy.values() if len(values) > 1]
-    assert len(several) >= 6
-    for values in several:
-        mean, deviation = statistics.mean(values), statistics.stdev(values)
-        cells = f"| {mean:.4g} ± {deviation:.2g} |", f"| {mean:.1f} ± {deviation:.1f} |"  # of now, of before
-        assert any(cell in text for cell in cells)
+    """Each cell of each published table, anew from results.json, whose numbers are rounded to six digits."""
+    reproduce = importlib.import_module("experiments.reproduce")
+    part, args = json.loads((ASSETS / "results.json").read_text())[what], reproduce.parse_args([what])
+    plan, rows = reproduce.PLANS[what](args), part["rows"]
+    if what == "ablation":
+        plan = reproduce.ablation_plan(args, reproduce.equal_size_alpha(rows))
+    if what == "control":  # whose rows have the names that lines had then
+        ((lines, _),) = plan.values()
+        then = {f"{name} features": name for name in ("all", "polite", "shout", "random")}
+        then["no constraint"] = "free"
+        now = {f"control_{then.get(line[0], 'sft')}": reproduce.name_of(*line[1:3]) for line in lines}
+        rows = [row | {"name": now[row["name"]]} for row in rows]
+    tables = {title: reproduce.table(rows, *columns) for title, columns in plan.items()}
+    if what == "frontier":
+        titles = {f"Held-out accuracy at equal {name}": key for key, name in reproduce.REACHED.items()}
+        tables = {title: reproduce.compare(rows, part["settings"], key) for title, key in titles.items()}
+    published = dict(re.findall(r"\*\*(.*?)\*\*\n\n((?:\|.*\n?)+)", (ASSETS / f"{what}.md").read_text()))
+    assert published.keys() == tables.keys()
+    rounded = 0.051 if what == "control" else 0  # its file was written with one digit
+    for title, table in tables.items():
+        ours, theirs = cells(table), cells(published[title])
+        assert ours.keys() == theirs.keys() and sum(map(len, ours.values())) >= 9
+        for place, numbers in ours.items():
+            assert numbers == pytest.approx(theirs[place], rel=2e-3, abs=rounded), (title, place)
 
 
 # ---------------------------------------------------------------------------- examples
@@ -190,8 +210,12 @@ def test_any_model_in_three_commands(folder, fork):
         assert what in command
         words = [str(ROOT / word) if word.endswith(".py") else word for word in shlex.split(command)[1:]]
         out = fork(folder, *words, *flags.split()).finish()
+    # The scores that the last one prints are those with which FPO ended: the same pairs, SAE and units.
     scores = dict(re.findall(r"^(\w+) +(\S+)", out, flags=re.M))
-    assert float(scores["mse_rejected"]) > 0 and 0 < float(scores["reward_accuracy"]) < 1
+    ended = json.loads((folder / "runs/MODEL/fpo/scores.json").read_text())["after"]
+    assert {"accuracy", "reward_accuracy", "mse_rejected", "kl_rejected"} <= ended.keys()
+    for name, value in ended.items():
+        assert float(scores[name]) == pytest.approx(value, rel=2e-3), name
 
 
 if __name__ == "__main__":

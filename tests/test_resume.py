@@ -185,20 +185,46 @@ def test_killed_at_any_moment(folder, fork):
     kill_and_resume(folder, MOMENTS[:3], 0, launch, kill_one)
 
 
+STOPS = """
+import os, signal
+import batches, runtime, train
+
+batches.LOADERS["cpu"] = 1
+real, calls = train.step_sums, []
+
+def step_sums(*args):  # once a step, here
+    calls.append(1)
+    if len(calls) == 2:
+        os.killpg(0, signal.SIGTERM)
+    return real(*args)
+
+train.step_sums = step_sums
+runtime.run_script(train.main)
+"""
+
+
 def test_sigterm_saves_and_leaves(folder, fork, whole):
     """SIGTERM to a rank's whole group, as torchrun sends it, the process that makes batches included (CUDA's
     only): status 0, a state; --resume ends with the same bits.
     """
-    code = "import batches, runtime, train; batches.LOADERS['cpu'] = 1; runtime.run_script(train.main)"
-    process = fork(folder, "-c", code, *RUN, "--out", "cut", "--resume")
-    while not lines_of("cut"):
-        assert process.running(), process.finish()
-        time.sleep(0.005)
-    os.killpg(process.processes[0].pid, signal.SIGTERM)
-    assert "go on with --resume" in process.finish()
-    assert 0 < len(lines_of("cut")) < 6 and not (folder / "cut/model").exists()
+    out = fork(folder, "-c", STOPS, *RUN, "--out", "cut", "--resume").finish()
+    assert "stopped by a signal after step 2; go on with --resume" in out
+    assert len(lines_of("cut")) == 2 and not (folder / "cut/model").exists()
     run("--out", "cut", "--resume")
     assert bits_of("cut") == whole
+
+
+@pytest.mark.slow
+def test_fsdp_resumes_bit_for_bit(folder, fork):
+    """Each of two ranks saves its shards, and gets them back."""
+    flags = [*RUN, "--shard", "fsdp"]
+    fork(folder, ROOT / "train.py", *flags, "--out", "whole", ranks=2).finish()
+    fork(folder, "-c", STOPS, *flags, "--out", "cut", ranks=2).finish()
+    first, second = (load_file(f"cut/state/step_00000002/rank_{rank}.safetensors") for rank in range(2))
+    name = "exp_avg/lm.model.embed_tokens.weight"
+    assert len(lines_of("cut")) == 2 and first[name].any() and not torch.equal(first[name], second[name])
+    fork(folder, ROOT / "train.py", *flags, "--out", "cut", "--resume", ranks=2).finish()
+    assert bits_of("cut") == bits_of("whole")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

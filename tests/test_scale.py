@@ -21,8 +21,10 @@ from scale import ExactOptimizer, gradient_norm, join, make_optimizer, scale_gra
 
 LR = 5e-7  # Table 5
 FLOAT32, BF16 = torch.float32, torch.bfloat16
-needs_compiler = pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler")
-KINDS = [False, pytest.param(True, marks=needs_compiler, id="fused")]
+# What inductor makes for the plainest processors fails by torch 2.13's own fault.
+compiles = shutil.which(os.environ.get("CXX", "g++")) and torch.backends.cpu.get_cpu_capability() != "DEFAULT"
+needs_compiler = pytest.mark.skipif(not compiles, reason="no C++ compiler, or the plainest processor")
+KINDS = [False, pytest.param(True, marks=[needs_compiler, pytest.mark.slow], id="fused")]
 
 
 @pytest.fixture(autouse=True, params=["cpu"] + ["cuda"] * torch.cuda.is_available())
@@ -75,6 +77,7 @@ def test_head_against_plain_logits(softcap, chunk):
         torch.testing.assert_close(got, expected, atol=1e-10, rtol=1e-9)
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_compiled_head_gives_the_same(monkeypatch):
     """Values and gradients with a held reference and without one; other lengths compile nothing anew."""
@@ -235,6 +238,7 @@ def test_bf16_weights_lose_no_update(rule, fused, monkeypatch):
             assert torch.equal(value.float(), c.state[theirs][name])
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("rule", scale.RULES)
 def test_fused_updates_compile_in_the_first_step_alone(rule):
@@ -256,6 +260,7 @@ def test_fused_updates_compile_in_the_first_step_alone(rule):
     assert all(same(p, q) for p, q in zip(ours, twins, strict=True))
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_fused_updates_keep_to_their_own_numbers():
     """torch 2.13, left to itself, goes on with the betas that it compiled first."""

@@ -1,14 +1,17 @@
 """The real scripts on the toy world: settings, ranks, every method, errors, and what is left at the end."""
 
+import functools
 import gc
 import json
 import shutil
 import subprocess
+import sys
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, lines_of, make_lm, make_lm_with_images, make_pairs
+from conftest import ROOT, lines_of, make_lm, make_lm_with_images, make_pairs, make_sae, plain
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gemma2ForCausalLM
 from transformers.models.gemma2.modeling_gemma2 import Gemma2MLP
@@ -17,13 +20,15 @@ import audit
 import eval_diversity
 import fpo
 import loading
+import losses
 import metrics
 import offline
 import settings
 import train
-from losses import METHODS
+from batches import epoch_order
+from data import load_pairs, load_tokenizer
 from runtime import UserError
-from sae import SAE
+from sae import SAE, write_sae
 
 SHORT = ["--preset", "toy", "--steps", "3", "--warmup_steps", "2", "--eval_every", "0", "--no_eval_kl"]
 
@@ -64,7 +69,7 @@ def test_two_ranks_do_what_one_does(folder, fork):
     assert scores["before"]["reward_accuracy"] == 0.5 and scores["after"]["kl_rejected"] > 0
 
 
-@pytest.mark.parametrize("method", ["fpo", "tdpo2"])
+@pytest.mark.parametrize("method", ["fpo", pytest.param("tdpo2", marks=pytest.mark.slow)])
 def test_fsdp_trains_what_one_process_trains(folder, fork, method):
     """Weights, or weights and the held reference, shared out over two ranks: the same losses, gradients."""
     flags = ["--preset", "toy", "--method", method, "--steps", "3", "--eval_every", "0", "--no_eval_kl"]
@@ -103,28 +108,94 @@ def test_advice_by_hand():
     assert train.advice({"constraint_size": 0.01, "margin_size": 0.02}, config, 1e-6) is None
 
 
-def test_every_method_starts_where_it_should_and_learns(folder):
-    """Loss ln 2 at step 0 but for SFT and SimPO; the loss of 32 pairs falls. DPO and FPO share a cache.
-
-    FPO's own lr, α and k change nothing in it: its shards are read, not written again.
-    """
-    differs = {"sft": ["--lr", "1e-3"], "fpo": ["--lr", "2e-3", "--alpha", "1", "--k", "20"]}
-    same = [*SHORT, "--steps", "6", "--dataset", f"{TRAIN}:train[:32]"]
+def test_methods_share_a_cache(folder):
+    """FPO's own lr, α and k change nothing in DPO's: no shard is written again. Both start at ln 2."""
 
     def shards():
         found = (folder / "runs/toy/reference").rglob("shard_*")
         return {path: path.stat().st_mtime_ns for path in found}
 
-    for method in METHODS:
-        run("--method", method, *same, *differs.get(method, ["--lr", "3e-3"]))
-        losses = [line["loss"] for line in lines_of(f"runs/toy/{method}")]
-        assert losses[-1] < losses[0] - 0.005, (method, losses)
-        if method in ("dpo", "tdpo1", "tdpo2", "fpo"):
-            assert losses[0] == pytest.approx(0.6931472, abs=1e-5)
-        if method == "dpo":
-            made = shards()
-    assert shards() == made
-    assert len(list((folder / "runs/toy/reference").glob("*/manifest.json"))) == 2  # training, held-out pairs
+    same = [*SHORT, "--dataset", f"{TRAIN}:train[:32]"]
+    run("--method", "dpo", *same)
+    made = shards()
+    run("--method", "fpo", *same, "--lr", "2e-3", "--alpha", "1", "--k", "20")
+    assert shards() == made and len(made) == 4  # with notes, of training and held-out pairs
+    for method in ("dpo", "fpo"):
+        assert lines_of(f"runs/toy/{method}")[0]["loss"] == pytest.approx(0.6931472, abs=1e-5)
+
+
+def test_several_layers_of_saes(folder):
+    """--sae_layer 1 3: D_FPO is the mean of both, each by its own SAE, of the final model (Table 7)."""
+    saes = [make_sae(seed, d=64, m=96) for seed in (1, 3)]
+    for layer, sae in zip((1, 3), saes, strict=True):
+        write_sae(folder / "saes", dict(sae.named_buffers()), layer, "res", 20)
+    layers = ["--sae", "saes", "--sae_width", "96", "--sae_layer", "1", "3", "--out", "both", "--lr", "1e-3"]
+    run("--method", "fpo", *FEW, *layers)
+    load = functools.partial(Gemma2ForCausalLM.from_pretrained, attn_implementation="eager")
+    pairs = load_pairs("runs/toy/test.jsonl:train[:12]", load_tokenizer("runs/toy/model"))
+    with torch.no_grad():
+        x = plain(load("both/model"), load("runs/toy/model"), saes, (1, 3), pairs)
+    D = [losses.feature_mse(x[f"features{s}"], x[f"ref_features{s}"], k=50).chunk(2) for s in (0, 1)]
+    after = json.loads((folder / "both/scores.json").read_text())["after"]
+    for i, side in enumerate(("chosen", "rejected")):
+        one, other = (d[i].mean().item() for d in D)
+        assert one > 0 and abs(one - other) > 0.1 * one, "the mean of both is neither"
+        assert after[f"mse_{side}"] == pytest.approx((one + other) / 2, rel=1e-3)
+
+
+def test_trackers_get_the_numbers_of_metrics_jsonl(folder, monkeypatch):
+    """Each line's, and the last scores; a resumed run goes on in the same place, after its state's step."""
+    writers, runs = [], []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            writers.append(self)
+            self.folder, self.purge_step, self.drawn = folder, purge_step, []
+
+        def add_scalar(self, name, value, step):
+            self.drawn.append((step, name, value))
+
+    def start(*flags):
+        with monkeypatch.context() as patch:  # both are said to be installed
+            patch.setattr(settings.importlib.util, "find_spec", lambda name: name)
+            config = settings.parse_args(["--report_to", "wandb", *FEW, "--save_every", "2", *flags])
+        train.main(config)
+        return writers[-1]
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **options: runs.append(options)))
+    for flags, steps in (([], [1, 2, 3]), (["--resume"], [3])):
+        writer, lines = start(*flags), lines_of("runs/toy/fpo")
+        after = json.loads((folder / "runs/toy/fpo/scores.json").read_text())["after"]
+        expected = [
+            (line["step"], name, x) for line in lines if line["step"] in steps for name, x in line.items()
+        ]
+        assert writer.drawn == expected + [(3, f"eval_{name}", x) for name, x in after.items()]
+        assert writer.purge_step == steps[0] and str(writer.folder) == "runs/toy/fpo/tensorboard"
+    assert runs[0] == runs[1] | {"config": runs[0]["config"]} and runs[0]["name"] == "runs/toy/fpo"
+    start("--lr", "1e-5")
+    assert runs[2]["id"] != runs[0]["id"], "another run, another curve"
+
+
+def test_a_tracker_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr(settings.importlib.util, "find_spec", lambda name: None)
+    for tracker, packages in (("tensorboard", "tensorboard"), ("wandb", "wandb tensorboard")):
+        with pytest.raises(UserError, match=f"--report_to {tracker}: pip install {packages}$"):
+            settings.parse_args(["--report_to", tracker])
+
+
+def test_steps_are_epochs_in_their_order():
+    """10 pairs, 4 a step: 4, 4 and 2, each epoch in an order of its own; --steps ends where it says."""
+    pairs, rows = make_pairs(10), {"layout": "separate"}
+    orders = [epoch_order(10, epoch, seed=5).tolist() for epoch in range(3)]
+    for flags, sizes in ((["--epochs", "2"], [4, 4, 2, 4, 4, 2]), (["--steps", "7"], [4, 4, 2, 4, 4, 2, 4])):
+        config = settings.parse_args(["--batch_size", "4", "--seed", "5", *flags])
+        planned = train.plan_steps(config, pairs, pairs.documents("separate"), rows, world=3)
+        expected = [order[i : i + 4] for order in orders for i in (0, 4, 8)][: len(sizes)]
+        found = [sorted(i for group in groups for i in group) for groups in planned]
+        assert found == [sorted(batch) for batch in expected]
+        assert [sum(map(len, groups)) for groups in planned] == sizes
+        assert all(len(groups) % 3 == 0 for groups in planned)
 
 
 def test_saving_cannot_fail_at_the_end(folder, capsys):
