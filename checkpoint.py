@@ -17,7 +17,16 @@ import scale
 from runtime import UserError, refuse
 
 # Settings that a resumed run may change: they do not change what is learned.
-MAY_CHANGE_ON_RESUME = {"resume", "save_every", "out", "cache_dir", "eval_every", "eval_kl", "report_to"}
+MAY_CHANGE_ON_RESUME = {
+    "resume",
+    "save_every",
+    "out",
+    "cache_dir",
+    "eval_every",
+    "eval_kl",
+    "show",
+    "report_to",
+}
 
 
 def state_tensors(policy, optimizer) -> dict[str, torch.Tensor]:

@@ -30,7 +30,6 @@ Responses are sampled at temperature 1 from the nucleus (p = 0.95). Every entrop
 whole distribution at temperature 1, before that cut.
 """
 
-import contextlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,9 +38,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from sacrebleu import BLEU
-from torch.nn.utils.rnn import pad_sequence
-from tqdm.auto import tqdm
-from transformers import GenerationConfig, HfArgumentParser
+from transformers import HfArgumentParser
 
 import data
 import fpo
@@ -52,6 +49,7 @@ import runtime
 from audit import audit_and_freeze
 from metrics import summary
 from runtime import refuse
+from sampling import first_prompts, sample_responses
 from settings import Config, flag
 from settings import parse_args as parse_run_args
 
@@ -149,66 +147,6 @@ def run_of(model: str | None) -> dict:
 
 
 # ---------------------------------------------------------------------------- sampled responses
-def sample_responses(
-    lm, tokenizer, prompts, *, samples=1, temperature=1.0, top_p=0.95, max_new_tokens=256, seed=0,
-    sample_batch=128,
-):  # fmt: skip
-    """Responses sampled by Hugging Face's generate; they do not depend on the number of ranks.
-
-    Args:
-        prompts: P lists of token ids, with what opens the assistant's turn.
-        temperature: 0 is greedy.
-        seed: each batch has its own, made of this one: another batch size draws other samples.
-        sample_batch: responses sampled at once: their keys and values are held.
-    Returns:
-        for each prompt `samples` lists of token ids, the token that ends the turn included where it came.
-    """
-    rank, world = runtime.ranks()
-    stops = lm.generation_config.eos_token_id
-    stops = {*(stops if isinstance(stops, list) else [stops]), data.Chat(tokenizer).end} - {None}
-    settings = GenerationConfig(eos_token_id=sorted(stops), pad_token_id=0, max_new_tokens=max_new_tokens)
-    if temperature > 0:
-        settings.update(do_sample=True, temperature=temperature, top_p=top_p, top_k=0, repetition_penalty=1.0)
-    # Job p * samples + s is the s-th response to prompt p. Prompts of one length make little padding.
-    jobs = sorted(range(len(prompts) * samples), key=lambda job: len(prompts[job // samples]))
-    batches = [jobs[i : i + sample_batch] for i in range(0, len(jobs), sample_batch)]
-    drawn, mine = {}, range(rank, len(batches), world)
-    with generating(lm, settings):
-        for number in tqdm(mine, "sampling", disable=True if rank else None, leave=False):
-            torch.manual_seed(seed * 1_000_003 + number)
-            responses = continue_batch(lm, [prompts[job // samples] for job in batches[number]])
-            drawn |= zip(batches[number], responses, strict=True)
-    if dist.is_initialized():
-        parts = [None] * world
-        dist.all_gather_object(parts, drawn)
-        drawn = {job: response for part in parts for job, response in part.items()}
-    return [[drawn[p * samples + s] for s in range(samples)] for p in range(len(prompts))]
-
-
-@contextlib.contextmanager
-def generating(lm, settings):
-    """The model as sampling needs it, then as it was before; the caller's random numbers go on unchanged."""
-    before, attention = lm.generation_config, lm.config._attn_implementation
-    lm.generation_config = settings  # generate would add what the model's own holds: top_k, min_p, a penalty
-    lm.set_attn_implementation("eager")  # flex_attention would compile anew for every length
-    with torch.random.fork_rng(), torch.no_grad():
-        yield
-    lm.generation_config = before
-    lm.set_attn_implementation(attention)
-
-
-def continue_batch(lm, prompts) -> list[list[int]]:
-    """New tokens for each prompt, up to a stop token and with it."""
-    settings, left = lm.generation_config, {"batch_first": True, "padding_side": "left"}
-    rows = [torch.tensor(prompt) for prompt in prompts]
-    ids = pad_sequence(rows, padding_value=settings.pad_token_id, **left).to(lm.device)  # (rows, longest)
-    mask = pad_sequence([torch.ones_like(row) for row in rows], **left).to(lm.device)
-    new = lm.generate(ids, attention_mask=mask)[:, ids.shape[1] :].tolist()
-    stops = settings.eos_token_id
-    ends = [next((n + 1 for n, token in enumerate(row) if token in stops), len(row)) for row in new]
-    return [row[:end] for row, end in zip(new, ends, strict=True)]
-
-
 def response_statistics(lm, prompts, responses, **budget_and_rows) -> torch.Tensor:
     """(P, S, 3): Σ_t H(π(·|x, y_<t)) and log π(y|x), nats, and |y|, by one forward over what was sampled.
 
@@ -272,8 +210,7 @@ def evaluate(policy, tokenizer, pairs, settings, *, samples=0, **budget_and_rows
     groups[0]["teacher_forced_entropy_all"] = whole["entropy_rejected"], whole["lengths_rejected"]
     # ---- samples, for the first distinct prompts
     if samples:
-        prompts = dict.fromkeys(tuple(pairs.sampling_prompt(i).tolist()) for i in range(len(pairs)))
-        prompts = [list(prompt) for prompt in prompts][: settings.prompts]
+        prompts = first_prompts(pairs, settings.prompts)
         names = ("top_p", "max_new_tokens", "seed", "sample_batch")
         options = {name: getattr(settings, name) for name in names}
         responses = sample_responses(policy.lm, tokenizer, prompts, samples=samples, **options)

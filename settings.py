@@ -73,6 +73,7 @@ class Config:
     # evaluation, interruptions, trackers
     eval_every: int = flag(200, "steps between scores of held-out pairs; 0: at the ends alone")
     eval_kl: bool = flag(True, "load the reference to score the KL, for methods that do without it")
+    show: int = flag(2, "held-out prompts whose answers are shown before and after; 0: none, as with fsdp")
     save_every: int = flag(1000, "steps between states to resume from; 0: on a signal alone")
     resume: bool = flag(False, "continue from --out's state where there is one, else start")
     report_to: Literal["none", "tensorboard", "wandb"] = flag("none", "tracker of metrics.jsonl's numbers")

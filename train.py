@@ -6,7 +6,7 @@
 
 The stages, in order: settings, processes, data, model; the audit; Phase 1, the offline reference (Sec. 3);
 Phase 2, the loop; what came out. All but Phase 1's cache goes into --out: config.json, metrics.jsonl,
-scores.json, model/ (a Hugging Face directory), and the states of --save_every.
+scores.json, samples.json, model/ (a Hugging Face directory), and the states of --save_every.
 """
 
 import hashlib
@@ -55,6 +55,7 @@ from loading import (
     torch_dtype,
 )
 from runtime import UserError
+from sampling import first_prompts, greedy_answers
 from settings import Config, parse_args
 
 
@@ -279,13 +280,16 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
     if resumes:
         meta = read_meta(config, input_digests)
         load_state(out, policy, optimizer)
-        start, before = meta["step"], meta["before"]
+        start, before, answers = meta["step"], meta["before"], meta["answers"]
     else:
+        # What it answers now is shown at the end; of a sharded model not, which can't generate.
+        prompts = first_prompts(held_out, config.show if config.shard != "fsdp" else 0)
+        answers = greedy_answers(policy, tokenizer, prompts)
         before = scores()
         if rank == 0 and (out / "state").exists():  # an earlier run's: its later states would pass for ours
             shutil.rmtree(out / "state.old", ignore_errors=True)
             (out / "state").rename(out / "state.old")
-    meta = {"settings": asdict(config), "input_digests": input_digests, "before": before}
+    meta = {"settings": asdict(config), "input_digests": input_digests, "before": before, "answers": answers}
     if rank == 0:
         known = {"sae_layer": [layer for layer, _ in sites], "units": units, "audit": found}
         runtime.write_json(out / "config.json", asdict(config) | known)
@@ -385,14 +389,21 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
     else:
         # ---- what came out: the model first, so that no evaluation can lose it
         save_model(policy, tokenizer, config)
-        after = scores()
+        after, prompts = scores(), first_prompts(held_out, len(answers))
+        texts = [tokenizer.decode(prompt, skip_special_tokens=True) for prompt in prompts]
+        columns = zip(texts, answers, greedy_answers(policy, tokenizer, prompts), strict=True)
+        samples = [dict(zip(("prompt", "before", "after"), row, strict=True)) for row in columns]
         draw(writer, len(steps), {f"eval_{name}": value for name, value in after.items()})
         if rank == 0:
             runtime.write_json(out / "scores.json", {"before": before, "after": after})
+            runtime.write_json(out / "samples.json", samples)
             print(f"\n{'held-out':<30}{'before':>10}{'after':>10}")
             for name, value in after.items():
                 print(f"{name:<30}{before[name]:>10.4g}{value:>10.4g}")
-            print(f"{out}: model, metrics.jsonl, config.json, scores.json\nwhat its samples tell:")
+            for sample in samples:
+                print("", *(f"{name + ':':<8}{text!r}" for name, text in sample.items()), sep="\n")
+            print(f"\n{out}: model, metrics.jsonl, config.json, scores.json, samples.json")
+            print("what its samples tell:")
             print(f"python eval_diversity.py --model {out / 'model'} --reference {config.reference}")
     if dist.is_initialized():
         dist.barrier()

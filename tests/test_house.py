@@ -15,6 +15,7 @@ ORDER += (
     "loading",
     "audit",
     "metrics",
+    "sampling",
     "checkpoint",
     "train",
     "eval_diversity",

@@ -78,9 +78,10 @@ def losses_of(run):
 
 
 def bits_of(run):
-    """A digest of the weights that a run ended with, and its losses, each step's once."""
+    """A run's end: a digest of the weights, its losses, each step's once, what it answers, and answered."""
     assert [line["step"] for line in lines_of(run)] == [*range(1, len(lines_of(run)) + 1)]
-    return hashlib.sha256(Path(run, "model/model.safetensors").read_bytes()).hexdigest(), losses_of(run)
+    weights = hashlib.sha256(Path(run, "model/model.safetensors").read_bytes()).hexdigest()
+    return weights, losses_of(run), json.loads(Path(run, "samples.json").read_text())
 
 
 @pytest.fixture(scope="module")

@@ -295,6 +295,32 @@ def test_advice_is_printed_at_step_10(folder, capsys):
     assert f"step 10: {says}" in printed and printed.count("would balance them") == 1
 
 
+def greedy(name, prompt, stops=(1, 107)):
+    """What a model answers to a user, one argmax at a time, up to 48 tokens."""
+    tokenizer, lm = AutoTokenizer.from_pretrained(name), AutoModelForCausalLM.from_pretrained(name)
+    chat, said = [{"role": "user", "content": prompt}], []
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    while len(said) < 48 and not (said and said[-1] in stops):
+        with torch.no_grad():
+            said.append(lm(torch.tensor([ids + said])).logits[0, -1].argmax().item())
+    return tokenizer.decode(said, skip_special_tokens=True)
+
+
+def test_what_it_answers_before_and_after(folder, capsys):
+    """Two held-out prompts, answered by the model that training starts from and by the one it leaves."""
+    run("--method", "dpo", *SHORT, "--lr", "5e-3", "--out", "run")
+    samples, printed = json.loads((folder / "run/samples.json").read_text()), capsys.readouterr().out
+    lines = (folder / "runs/toy/test.jsonl").read_text().splitlines()
+    prompts = list(dict.fromkeys(json.loads(line)["prompt"] for line in lines))[:2]
+    for prompt, sample in zip(prompts, samples, strict=True):
+        assert prompt in sample["prompt"] and sample["before"] != sample["after"]
+        assert sample["before"] == greedy("runs/toy/model", prompt)
+        assert sample["after"] == greedy("run/model", prompt)
+        assert all(f"{name + ':':<8}{text!r}" in printed for name, text in sample.items())
+    run("--method", "dpo", *SHORT, "--steps", "1", "--show", "0", "--out", "none")
+    assert json.loads((folder / "none/samples.json").read_text()) == []
+
+
 # ---- settings
 def test_presets_are_table_5():
     """The paper's values, as printed there; and where it is silent those of the experiments' code."""
