@@ -1,5 +1,6 @@
 """A run's state: saved whole, found, compared with what resumes it, put back bit for bit; signals."""
 
+import itertools
 import json
 import os
 import shutil
@@ -27,6 +28,10 @@ MAY_CHANGE_ON_RESUME = {
     "show",
     "report_to",
 }
+
+
+# What a run writes into its folder, the model first.
+RUN_FILES = ("model", "config.json", "metrics.jsonl", "scores.json", "state", "tensorboard")
 
 
 def state_tensors(policy, optimizer) -> dict[str, torch.Tensor]:
@@ -133,6 +138,24 @@ def load_state(out, policy, optimizer):
     except (OSError, SafetensorError, StopIteration, RuntimeError) as error:
         text = f"--resume {folder}: not a whole state of this model: {error}"
         raise UserError(text) from None
+
+
+def set_aside(out):
+    """Move what an earlier run left in OUT to OUT/earlier_N, all of it: a folder's files are one run's.
+
+    The model goes first, and the folder gets its number last: killed in between, it is moved on at the next
+    start, and no model is left beside settings that are not its own.
+    """
+    out, aside = Path(out), Path(out, "earlier.tmp")
+    if not (aside.exists() or any((out / name).exists() for name in ("model", "state", "scores.json"))):
+        return  # nothing that a new run would not write over
+    with runtime.writing(aside, keep=True):
+        aside.mkdir(exist_ok=True)
+        for name in RUN_FILES:
+            if (out / name).exists():
+                (out / name).rename(aside / name)
+        free = (out / f"earlier_{n}" for n in itertools.count(1))
+        aside.rename(next(path for path in free if not path.exists()))
 
 
 def cut_metrics(path, step: int):

@@ -216,6 +216,9 @@ def check(config):
             refuse(f"--{name}: --preset {config.preset} needs one: a JSONL file or a hub data set")
     if config.method == "fpo" and config.sae is None:
         refuse("--sae: FPO needs one; `python -m experiments.train_sae` makes one for any model")
+    for name in ("model", "reference"):
+        if Path(config.out, "model").resolve() == Path(getattr(config, name)).resolve():
+            refuse(f"--out {config.out}: its model is --{name}, which the run would replace")
     for name in ("out", "cache_dir"):
         check_output(name, getattr(config, name), folder=True)
     needed = {"tensorboard": ["tensorboard"], "wandb": ["wandb", "tensorboard"]}.get(config.report_to, [])

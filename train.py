@@ -6,7 +6,12 @@
 
 The stages, in order: settings, processes, data, model; the audit; Phase 1, the offline reference (Sec. 3);
 Phase 2, the loop; what came out. All but Phase 1's cache goes into --out: config.json, metrics.jsonl,
+<<<<<<< HEAD
 scores.json, samples.json, model/ (a Hugging Face directory), and the states of --save_every.
+=======
+scores.json, model/ (a Hugging Face directory), and the states of --save_every.
+A run that begins anew first moves what an earlier one left there to --out/earlier_N, together.
+>>>>>>> 245ecd0 (A run's folder is one run's; what would fail late is told before Phase 1)
 """
 
 import hashlib
@@ -24,6 +29,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from transformers import GenerationConfig
+from transformers.utils import cached_file
 
 import data
 import fpo
@@ -43,6 +49,7 @@ from checkpoint import (
     read_meta,
     save_state,
     saved_states,
+    set_aside,
 )
 from loading import (
     choose_layout,
@@ -57,6 +64,9 @@ from loading import (
 from runtime import UserError
 from sampling import first_prompts, greedy_answers
 from settings import Config, parse_args
+
+# What a model with images has beside its tokenizer; its chat template is the tokenizer's by now.
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 
 
 # ---------------------------------------------------------------------------- pieces of the loop
@@ -120,6 +130,24 @@ def peak_memory_gb(device) -> float:
 # ---------------------------------------------------------------------------- a run's state, and its model
 
 
+def start_wandb(config):
+    """Log in to wandb where it is asked for, before any work. UserError where that fails: no key, no network.
+
+    What follows it draws reaches wandb by way of TensorBoard's files.
+    """
+    if config.report_to == "wandb":
+        import wandb
+
+        settings = {name: value for name, value in asdict(config).items() if name not in MAY_CHANGE_ON_RESUME}
+        key = hashlib.sha256(f"{Path(config.out).absolute()} {settings}".encode()).hexdigest()[:16]
+        about = {"name": config.out, "id": key, "resume": "allow", "config": asdict(config)}
+        try:
+            wandb.init(**about, sync_tensorboard=True)
+        except Exception as error:  # wandb's own kinds: no key, a wrong one, no network
+            told = " ".join(str(error).split())
+            raise UserError(f"--report_to wandb: {told:.300}") from error
+
+
 def start_tracker(config, start: int):
     """Rank 0's TensorBoard writer, which wandb copies if asked for; None without --report_to.
 
@@ -127,12 +155,6 @@ def start_tracker(config, start: int):
     """
     if config.report_to == "none" or runtime.ranks()[0]:
         return None
-    if config.report_to == "wandb":
-        import wandb
-
-        settings = {name: value for name, value in asdict(config).items() if name not in MAY_CHANGE_ON_RESUME}
-        key = hashlib.sha256(f"{Path(config.out).absolute()} {settings}".encode()).hexdigest()[:16]
-        wandb.init(name=config.out, id=key, resume="allow", config=asdict(config), sync_tensorboard=True)
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(Path(config.out, "tensorboard"), purge_step=start + 1)
@@ -168,6 +190,10 @@ def save_model(policy, tokenizer, config, *, weights=True):
             lm.config.save_pretrained(aside)
             lm.generation_config.save_pretrained(aside)
             tokenizer.save_pretrained(aside)
+            for name in PROCESSOR_FILES:
+                path = cached_file(config.model, name, _raise_exceptions_for_missing_entries=False)
+                if path is not None:
+                    shutil.copy(path, aside)
             return
         lm.save_pretrained(aside, state_dict={name: tensor.to(dtype) for name, tensor in state.items()})
         shutil.rmtree(final, ignore_errors=True)
@@ -214,6 +240,18 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
     check_disk(config, policy, stored)
     save_model(policy, tokenizer, config, weights=False)  # what the end will write is tried now
     found = audit_and_freeze(policy, pairs, config, rows)  # the audit: this forward against the model's own
+    documents = pairs.documents(rows["layout"])  # of each pair, their lengths
+    steps = plan_steps(config, pairs, documents, rows, world)
+    reached = max(learning_rate(step, len(steps), config) for step in range(len(steps)))
+    if reached < 0.999 * config.lr:
+        say(
+            f"the warm-up is longer than the {len(steps)} steps: the learning rate reaches only {reached:.3g}"
+        )
+    runtime.barrier()  # every rank has looked into the folder
+    if rank == 0:
+        start_wandb(config)
+    if rank == 0 and not resumes:
+        set_aside(out)
 
     # ---- Phase 1: the offline reference (Sec. 3), by the policy itself where it starts from the reference
     cache = held_out_cache = None
@@ -262,8 +300,6 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
         return {name: (above.sum() / below.sum()).item() for name, (above, below) in columns}
 
     # ---- Phase 2: the loop, from the start or from where it was left
-    documents = pairs.documents(rows["layout"])  # of each pair, their lengths
-    steps = plan_steps(config, pairs, documents, rows, world)
     peak = metrics.peak_flops(device)
     ddp = dist.is_initialized() and config.shard != "fsdp"
     model = DistributedDataParallel(policy, gradient_as_bucket_view=True) if ddp else policy
@@ -286,10 +322,14 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
         prompts = first_prompts(held_out, config.show if config.shard != "fsdp" else 0)
         answers = greedy_answers(policy, tokenizer, prompts)
         before = scores()
+<<<<<<< HEAD
         if rank == 0 and (out / "state").exists():  # an earlier run's: its later states would pass for ours
             shutil.rmtree(out / "state.old", ignore_errors=True)
             (out / "state").rename(out / "state.old")
     meta = {"settings": asdict(config), "input_digests": input_digests, "before": before, "answers": answers}
+=======
+    meta = {"settings": asdict(config), "input_digests": input_digests, "before": before}
+>>>>>>> 245ecd0 (A run's folder is one run's; what would fail late is told before Phase 1)
     if rank == 0:
         known = {"sae_layer": [layer for layer, _ in sites], "units": units, "audit": found}
         runtime.write_json(out / "config.json", asdict(config) | known)

@@ -8,6 +8,7 @@
 | resume with other settings, ranks or files | refused, each named | test_resume_refuses_another_run |
 | a state that is cut short, or a pickle | refused, named; no code runs | test_bad_state_is_refused |
 | a new run in the folder of a longer one | its own states are resumed | test_a_run_that_begins_anew |
+| a killed run in a finished one's folder | that is whole in earlier_1 | test_a_folder_s_files_are_one_run_s |
 | a full disk: cache, metrics, state, model | the file is named; resumes to the same bits | test_full_disk |
 | a shard cut, flipped, missing, a pickle | it alone is made again | test_broken_shards |
 | a byte flips between start and use | stops, named; made again next | test_byte_flips_after_the_start |
@@ -43,6 +44,7 @@ from transformers import Gemma2ForCausalLM
 
 import batches
 import checkpoint
+import eval_diversity
 import fpo
 import offline
 import settings
@@ -358,7 +360,54 @@ def test_a_run_that_begins_anew(folder, whole):
     run_until(3, "--out", "cut", "--save_every", "2")
     run("--out", "cut", "--save_every", "2", "--resume")
     assert bits_of("cut") == whole
-    assert Path("cut/state.old/step_00000004/state.json").exists()
+    assert Path("cut/earlier_1/state/step_00000004/state.json").exists()
+
+
+def test_a_folder_s_files_are_one_run_s(folder):
+    """A second run that dies on its way leaves no settings of its own beside the first one's model."""
+    run("--out", "two", "--steps", "2")
+    first = files("two")
+    run_until(2, "--out", "two", "--steps", "3", "--beta", "0.7", "--save_every", "5")
+    assert not Path("two/model").exists()  # that is to stand beside beta 0.7
+    moved = {name.replace("/earlier_1", ""): content for name, content in files("two/earlier_1").items()}
+    assert moved == first and eval_diversity.run_of("two/earlier_1/model")["beta"] == 0.1
+    run("--out", "two", "--steps", "2", "--beta", "0.3")  # one that left no state and no model has no number
+    assert eval_diversity.run_of("two/model")["beta"] == 0.3
+    assert json.loads(Path("two/earlier_1/config.json").read_text())["beta"] == 0.1
+
+
+@pytest.mark.parametrize("moves", range(6))
+def test_killed_while_it_moves_an_earlier_run(tmp_path, monkeypatch, moves):
+    """However far it came: at the next start all is in one folder, and no model is beside other settings."""
+    out = tmp_path / "out"
+    for name in (
+        "earlier_1/model/a",
+        "model/a",
+        "state/step_1/a",
+        "config.json",
+        "metrics.jsonl",
+        "scores.json",
+    ):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text(name)
+    there = {name: text for name, text in files(out).items() if "earlier" not in name}
+    rename, left = Path.rename, [moves]
+
+    def dies(path, target):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "rename", dies)
+        checkpoint.set_aside(out)
+    assert moves == 0 or not (out / "model").exists()
+    checkpoint.set_aside(out)
+    checkpoint.set_aside(out)  # nothing is left to be moved
+    assert sorted(path.name for path in out.iterdir()) == ["earlier_1", "earlier_2"]
+    assert {name.replace("/earlier_2", ""): text for name, text in files(out / "earlier_2").items()} == there
+    assert (out / "earlier_1/model/a").read_text() == "earlier_1/model/a"
 
 
 # ---------------------------------------------------------------------------- the disk

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -371,6 +372,44 @@ def test_learning_rate():
     assert train.learning_rate(7, 10, config) == pytest.approx(0.5)
 
 
+def test_a_warm_up_longer_than_the_run_is_told(folder, capsys):
+    """150 steps of it in a run of 3: at the last 3/150 of the rate; 3 are enough, and nothing is said."""
+    run("--method", "dpo", *FEW, "--lr", "1e-4", "--warmup_steps", "150")
+    said = "the warm-up is longer than the 3 steps: the learning rate reaches only 2e-06"
+    assert said in capsys.readouterr().out and lines_of("runs/toy/dpo")[-1]["lr"] == pytest.approx(2e-6)
+    run("--method", "dpo", *FEW, "--warmup_steps", "3")
+    assert "warm-up" not in capsys.readouterr().out
+
+
+def test_wandb_without_a_key_is_told_before_any_work(folder, monkeypatch):
+    """Phase 1 has not begun; the run that was in the folder is still there."""
+
+    def init(**about):
+        raise RuntimeError("api_key not configured\n(no-tty)")
+
+    run("--method", "dpo", *FEW)
+    before = sorted(path.name for path in Path("runs/toy/dpo").iterdir())
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, __spec__=SimpleNamespace()))
+    monkeypatch.setattr(settings.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(offline, "build_reference", None)
+    with pytest.raises(UserError, match=r"--report_to wandb: api_key not configured \(no-tty\)$"):
+        run("--method", "dpo", *FEW, "--report_to", "wandb")
+    assert sorted({path.name for path in Path("runs/toy/dpo").iterdir()} - {"model.tmp"}) == before
+
+
+def test_a_processor_s_files_stay_with_the_model(folder):
+    """Those of a model with images; a model without has none."""
+    save_toy(folder, "sees")
+    (folder / "sees/preprocessor_config.json").write_text('{"image_processor_type": "X"}')
+    (folder / "sees/processor_config.json").write_text('{"processor_class": "Y"}')
+    run("--method", "dpo", *FEW, "--model", "./sees", "--out", "a")
+    run("--method", "dpo", *FEW, "--out", "b")
+    for name in train.PROCESSOR_FILES:
+        was, now = Path("sees", name), Path("a/model", name)
+        assert now.exists() == was.exists() and (not was.exists() or now.read_text() == was.read_text())
+        assert not Path("b/model", name).exists()
+
+
 def test_where_training_starts(tmp_path, monkeypatch):
     """The SFT model where there is one, else the base model; another model's outputs carry its name."""
     monkeypatch.chdir(tmp_path)
@@ -407,6 +446,8 @@ def test_where_training_starts(tmp_path, monkeypatch):
         (["--shard", "fsdp"], "torchrun"),
         (["--out", "/proc/x"], "/proc"),
         (["--model", ""], "--model ''"),
+        (["--out", "runs/toy"], "--out runs/toy: its model is --model, which the run would replace"),
+        (["--reference", "./a/model", "--out", "a"], "its model is --reference"),
         (["--model", "./missing"], "missing"),
         (["--dataset", "missing.jsonl"], "missing.jsonl"),
         (["--sae", "/missing"], "--sae /missing: no such file or directory"),
