@@ -31,7 +31,7 @@ MAY_CHANGE_ON_RESUME = {
 
 
 # What a run writes into its folder, the model first.
-RUN_FILES = ("model", "config.json", "metrics.jsonl", "scores.json", "state", "tensorboard")
+RUN_FILES = ("model", "config.json", "metrics.jsonl", "scores.json", "samples.json", "state", "tensorboard")
 
 
 def state_tensors(policy, optimizer) -> dict[str, torch.Tensor]:

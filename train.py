@@ -6,12 +6,8 @@
 
 The stages, in order: settings, processes, data, model; the audit; Phase 1, the offline reference (Sec. 3);
 Phase 2, the loop; what came out. All but Phase 1's cache goes into --out: config.json, metrics.jsonl,
-<<<<<<< HEAD
 scores.json, samples.json, model/ (a Hugging Face directory), and the states of --save_every.
-=======
-scores.json, model/ (a Hugging Face directory), and the states of --save_every.
 A run that begins anew first moves what an earlier one left there to --out/earlier_N, together.
->>>>>>> 245ecd0 (A run's folder is one run's; what would fail late is told before Phase 1)
 """
 
 import hashlib
@@ -322,14 +318,7 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
         prompts = first_prompts(held_out, config.show if config.shard != "fsdp" else 0)
         answers = greedy_answers(policy, tokenizer, prompts)
         before = scores()
-<<<<<<< HEAD
-        if rank == 0 and (out / "state").exists():  # an earlier run's: its later states would pass for ours
-            shutil.rmtree(out / "state.old", ignore_errors=True)
-            (out / "state").rename(out / "state.old")
     meta = {"settings": asdict(config), "input_digests": input_digests, "before": before, "answers": answers}
-=======
-    meta = {"settings": asdict(config), "input_digests": input_digests, "before": before}
->>>>>>> 245ecd0 (A run's folder is one run's; what would fail late is told before Phase 1)
     if rank == 0:
         known = {"sae_layer": [layer for layer, _ in sites], "units": units, "audit": found}
         runtime.write_json(out / "config.json", asdict(config) | known)

@@ -367,6 +367,7 @@ def test_a_folder_s_files_are_one_run_s(folder):
     """A second run that dies on its way leaves no settings of its own beside the first one's model."""
     run("--out", "two", "--steps", "2")
     first = files("two")
+    assert {Path(name).parts[1] for name in first} <= set(checkpoint.RUN_FILES)  # nothing else is written
     run_until(2, "--out", "two", "--steps", "3", "--beta", "0.7", "--save_every", "5")
     assert not Path("two/model").exists()  # that is to stand beside beta 0.7
     moved = {name.replace("/earlier_1", ""): content for name, content in files("two/earlier_1").items()}
