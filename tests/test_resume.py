@@ -49,7 +49,6 @@ import fpo
 import offline
 import settings
 import train
-from checkpoint import StopSignal
 from runtime import UserError, lock_folder, run_script
 
 RUN = ["--preset", "toy", "--method", "fpo", "--steps", "6", "--warmup_steps", "2", "--eval_every", "0"]
@@ -228,23 +227,6 @@ def test_fsdp_resumes_bit_for_bit(folder, fork):
     assert len(lines_of("cut")) == 2 and first[name].any() and not torch.equal(first[name], second[name])
     fork(folder, ROOT / "train.py", *flags, "--out", "cut", "--resume", ranks=2).finish()
     assert bits_of("cut") == bits_of("whole")
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_signal_does_what_it_did_before(number):
-    """The first is noted, for the loop to save and leave; a loop that hangs is ended by the second."""
-    came, other = [], {signal.SIGTERM: signal.SIGINT, signal.SIGINT: signal.SIGTERM}[number]
-    before = {one: signal.signal(one, lambda number, frame: came.append(number)) for one in (number, other)}
-    try:
-        stop = StopSignal()
-        assert not stop.came
-        signal.raise_signal(number)
-        assert stop.came and not came
-        signal.raise_signal(number), signal.raise_signal(other)
-        assert came == [number, other]
-    finally:
-        for one, handler in before.items():
-            signal.signal(one, handler)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
