@@ -75,6 +75,7 @@ def attention_mask(batch: Batch, config, dtype):
         """Whether it sees it within the window."""
         return visible(r, head, q, k) & (position[r, q] - position[r, k] < width)
 
+    # flex_attention skips blocks of which nothing is seen; the others read a whole (L, L) mask.
     if config._attn_implementation == "flex_attention":
         masks = {seen: block_mask(batch, near if seen else visible, seen) for seen in {None, window}}
     else:
@@ -154,17 +155,18 @@ class Policy(nn.Module):
         super().__init__()
         if (attention := lm.config._attn_implementation) not in ("eager", "sdpa", "flex_attention"):
             raise UserError(f"attention {attention!r}: eager, sdpa or flex_attention is needed")
+        # A state-space layer, say, would carry one packed document into the next.
         kinds = set(getattr(lm.config.get_text_config(), "layer_types", None) or ())
         if odd := kinds - {"full_attention", "sliding_attention"}:
             raise UserError(f"{type(lm).__name__}: layers of {odd}; only attention is understood")
-        head = lm.get_output_embeddings()
+        head = lm.get_output_embeddings()  # its weight alone is used, in slices
         if not hasattr(lm, "model") or head is None or getattr(head, "bias", None) is not None:
             raise UserError(f"{type(lm).__name__}: a decoder with `model` and a head without bias is needed")
         self.lm, self.saes, self.sites, self.fused = lm, tuple(saes), tuple(sites), fused
         self.dtype = lm.dtype  # of the products; scale.shard_policy's weights are float32 in any case
         # A module in a tuple is not a part of this one: the reference is not trained, saved or wrapped.
         self.reference: tuple[Policy, ...] = ()
-        try:
+        try:  # h of Eq. 5, as the forward passes by
             self._hooks = tuple(SiteHook(lm, layer, site) for layer, site in self.sites)
         except ValueError as error:
             raise UserError(str(error)) from error
@@ -180,7 +182,7 @@ class Policy(nn.Module):
         """(N, d) final states, (V, d) the head's weight and, per SAE, (N, d') sites; N as in Batch."""
         lm, hooks = self.lm, self._hooks
         mask = attention_mask(batch, lm.config.get_text_config(), lm.dtype)
-        for hook in hooks:
+        for hook in hooks:  # each fires once in this forward
             hook.enabled = True
         mixed = self.dtype == torch.bfloat16
 
@@ -193,6 +195,7 @@ class Policy(nn.Module):
             out = lm.model(
                 input_ids=batch.tokens, position_ids=batch.positions, attention_mask=mask, use_cache=False
             ).last_hidden_state  # (R, L, d), after the final norm
+        # Of all R·L places the N that predict a response's token are kept.
         sites = [cast(torch.Tensor, hook.value).flatten(0, 1)[batch.state] for hook in hooks]
         for hook in hooks:  # a checkpointed block runs again in the backward, and must not capture then
             hook.enabled, hook.value = False, None
@@ -218,17 +221,19 @@ class Policy(nn.Module):
 
         entropy: also the entropies of the next-token distributions.
         """
+        # ---- states: a held reference's first, without gradients (TDPO)
         softcap = getattr(self.lm.config.get_text_config(), "final_logit_softcapping", None)
         ref_states = ref_weight = None
         with torch.no_grad():
             for reference in self.reference:
                 ref_states, ref_weight, ref_sites = reference._read(batch)
         states, weight, sites = self._read(batch)
+        # ---- of each of the N tokens log π, KL, log π_ref, entropy (N,): the head, in slices
         logps, kl, ref_logps, H = token_statistics(
             states, weight, batch.target,
             softcap=softcap, ref_states=ref_states, ref_weight=ref_weight, entropy=entropy, fused=self.fused,
         )  # fmt: skip
-        # Sums over each response as a product: the same order every time, on any device.
+        # ---- of each of the 2·B responses: sums as a product, in the same order every time, on any device
         belongs = owner_matrix(batch.owner, len(batch.lengths), logps.dtype)  # (2·B, N)
         kl, H = (None if x is None else belongs @ x for x in (kl, H))
         features, norms = self._pool(sites, batch)
@@ -247,6 +252,7 @@ class Policy(nn.Module):
         logps, length = [], batch.tokens.shape[1]
         for row, (tokens, segment) in enumerate(zip(batch.tokens, batch.segment, strict=True)):
             mine = batch.state // length == row  # of the N targets this row's, (N,)
+            # The row's places that predict them, and its tokens without padding.
             places, tokens = batch.state[mine] % length, tokens[segment >= 0][None]
             logits = self.lm(input_ids=tokens, use_cache=False, logits_to_keep=places).logits[0]  # (n, V)
             log_pi = logits.float().log_softmax(-1).gather(1, batch.target[mine, None])
@@ -288,7 +294,7 @@ def method_loss(
         return losses.sft_loss(w, n_w), {}
     if reference_stats is not None:
         ref_w, ref_l = reference_stats.logps.chunk(2)
-    far = distances(policy_stats, reference_stats, k=k, units=units)
+    far = distances(policy_stats, reference_stats, k=k, units=units)  # KL, D_FPO: what the constraints are of
     absent = (cast(torch.Tensor, None),) * 2
     (kl_w, kl_l), (D_w, D_l) = (far[name].chunk(2) if name in far else absent for name in ("kl", "mse"))
 

@@ -213,7 +213,7 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
         raise UserError("--shard fsdp: start it with torchrun")
     out, say = Path(config.out), print if rank == 0 else str  # `say` prints on rank 0 alone
     resumes = config.resume and bool(saved_states(out))
-    if resumes:
+    if resumes:  # with other settings than before it ends here
         read_meta(config)
     lock = runtime.lock_folder(out) if rank == 0 else None  # noqa: F841  (held until the process ends)
     make_toy_world(config)
@@ -230,6 +230,7 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
     rows = choose_layout(config, pairs, device)  # how a batch is laid out
     budget = {"max_tokens": config.micro_batch_tokens, **rows}
     loading = config, device, encoders or saes, sites
+    # π_θ; and the digest of the weights that it starts with, which are often π_ref's.
     policy, digest = load_policy(config.model, *loading)
     # Phase 1 stores at most 8 bytes for each feature of both responses, of every SAE.
     stored = 0 if resumes or not saes else 16 * (len(pairs) + len(held_out)) * sum(sae.m for sae in saes)
@@ -237,7 +238,7 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
     save_model(policy, tokenizer, config, weights=False)  # what the end will write is tried now
     found = audit_and_freeze(policy, pairs, config, rows)  # the audit: this forward against the model's own
     documents = pairs.documents(rows["layout"])  # of each pair, their lengths
-    steps = plan_steps(config, pairs, documents, rows, world)
+    steps = plan_steps(config, pairs, documents, rows, world)  # which pairs go where, to the last step
     reached = max(learning_rate(step, len(steps), config) for step in range(len(steps)))
     if reached < 0.999 * config.lr:
         say(
@@ -254,8 +255,9 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
     units: tuple[float, ...] = ()
     if config.method in losses.CACHED or (saes and config.feature_scale == "rms"):
         reference = policy
-        if config.reference != config.model:
+        if config.reference != config.model:  # gone again once it has said what is stored
             reference, digest = load_policy(config.reference, *loading)
+        # The stored values are used only where they would be rounded alike.
         compiled = config.compile and device.type == "cuda"
         arithmetic = {"device": device.type, "compute": str(torch_dtype(config, device)), "compile": compiled}
         arithmetic |= {"layout": rows["layout"]}
@@ -264,12 +266,12 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
             identity = offline.reference_identity(reference, part, weights=digest, arithmetic=arithmetic)
             caches.append(offline.build_reference(reference, part, config.cache_dir, identity, **budget))
         cache, held_out_cache = caches
-        del reference
+        del reference  # from here on π_ref is not in memory
         release()
         say(f"reference: {cache.folder}, {cache.size() / len(pairs) / 1e3:.1f} kB a pair")
         if config.feature_scale == "rms":
-            units = cache.units(pairs.sizes[:, 1:])
-    if config.method in losses.NEEDED:
+            units = cache.units(pairs.sizes[:, 1:])  # s² of each SAE, by which D_FPO is divided
+    if config.method in losses.NEEDED:  # TDPO's KL needs whole distributions: π_ref stays, frozen
         other = config.reference != config.model  # else its weights are hashed already
         reference, its_digest = load_policy(config.reference, *loading, frozen=True, hashed=other)
         digest = its_digest or digest
@@ -290,7 +292,7 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
             release()
         if config.shard == "fsdp":
             policy.reshard()
-        if device.type == "cuda":
+        if device.type == "cuda":  # the peak that is logged is that of training
             torch.cuda.reset_peak_memory_stats()
         columns = metrics.pair_columns(table, method=config.method).items()
         return {name: (above.sum() / below.sum()).item() for name, (above, below) in columns}
@@ -299,7 +301,7 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
     peak = metrics.peak_flops(device)
     ddp = dist.is_initialized() and config.shard != "fsdp"
     model = DistributedDataParallel(policy, gradient_as_bucket_view=True) if ddp else policy
-    parameters = [p for p in policy.parameters() if p.requires_grad]
+    parameters = [p for p in policy.parameters() if p.requires_grad]  # all, but a vision tower's
     optimizer = scale.make_optimizer(
         config.optimizer, parameters, config.lr, shard=config.shard == "states",
         betas=(0.9, config.adam_beta2), fused=None if config.compile else False,
@@ -310,7 +312,7 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
     input_digests["sae"] = [offline.sae_identity(*pair) for pair in zip(policy.saes, sites, strict=True)]
     start = 0
     if resumes:
-        meta = read_meta(config, input_digests)
+        meta = read_meta(config, input_digests)  # refused on other tokens, weights, SAE or template
         load_state(out, policy, optimizer)
         start, before, answers = meta["step"], meta["before"], meta["answers"]
     else:
@@ -323,13 +325,14 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
         known = {"sae_layer": [layer for layer, _ in sites], "units": units, "audit": found}
         runtime.write_json(out / "config.json", asdict(config) | known)
         cut_metrics(out / "metrics.jsonl", start)
-    policy.train()
+    policy.train()  # which turns checkpointing on; dropout is 0 in any case
     if ddp:
         # DDP orders its buckets at its second forward. One throw-away forward and backward at every start
         # makes the order, and so the sums, of a resumed run those of an uninterrupted one.
         model(collate(pairs, [pairs.shortest], **rows).to(device))[0].logps.sum().backward()
         optimizer.zero_grad()
     mine = [groups[rank::world] for groups in steps[start:]]  # per step this rank's micro-batches
+    # Batches are made ahead of their work, each with what Phase 1 stored of its pairs.
     lookup = cache and cache.lookup
     batches = stream(pairs, [g for groups in mine for g in groups], device=device, lookup=lookup, **rows)
     settings = {name: getattr(config, name) for name in ("beta", "alpha", "gamma", "k", "stop_gradient")}
@@ -344,13 +347,13 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
             group["lr"] = lr
 
         # ---- micro-steps: gradients of the mean loss over the pairs of the global batch
-        n_pairs = sum(len(g) for g in steps[step])
+        n_pairs = sum(len(g) for g in steps[step])  # of all ranks; fewer than batch_size at an epoch's end
         sums: dict[str, torch.Tensor] = {}
         for micro in range(len(groups)):
-            batch, reference = next(batches)
+            batch, reference = next(batches)  # tokens; π_ref's statistics from the cache, or None
             if ddp:  # gradients are exchanged once a step; DDP reads this at the forward
                 model.require_backward_grad_sync = micro == len(groups) - 1
-            statistics, held_reference = model(batch)
+            statistics, held_reference = model(batch)  # log π, c̄, perhaps KL; π_ref's, if it is in memory
             loss, values = loss_function(
                 config.method, statistics, held_reference or reference, units=units, **settings
             )  # (B,)
@@ -358,14 +361,15 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
             ((loss * batch.weight).sum() * (world / n_pairs)).backward()
             for name, value in step_sums(batch, loss, values, statistics).items():
                 sums[name] = sums.get(name, 0.0) + value
-        norm = scale.gradient_norm(parameters)
+        norm = scale.gradient_norm(parameters)  # () before clipping, of all ranks' gradients
 
         # ---- the step's only wait for the device: what is logged, and whether it is finite
+        # One rank's signal stops all: it travels with the sums.
         signalled = torch.full((), float(stop.came), device=device)
         logged = torch.stack([*sums.values(), signalled]).double()
         if dist.is_initialized():
             dist.all_reduce(logged)
-        *totals, stopping = logged.tolist()
+        *totals, stopping = logged.tolist()  # sums over the global batch, the same on every rank
         line = {"step": step + 1, **{name: value / n_pairs for name, value in zip(sums, totals, strict=True)}}
         line |= {"grad_norm": norm.item(), "lr": lr}
 
@@ -375,14 +379,14 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
             raise UserError(f"step {step + 1}: loss or gradient is not finite; it is among pairs {among}")
         if 0 < config.max_grad_norm < line["grad_norm"]:
             scale.scale_gradients_(parameters, config.max_grad_norm / (line["grad_norm"] + 1e-6))
-        optimizer.step()
+        optimizer.step()  # with float32's updates, in bf16 too: scale.ExactOptimizer
         optimizer.zero_grad()
 
         # ---- log and evaluate
         seconds = time.perf_counter() - started
         tokens, computed = work_of(steps[step], documents, world, waits_each=config.shard == "fsdp", **rows)
         line |= {"pairs_per_s": n_pairs / seconds, "tokens_per_s": tokens / seconds}
-        line["fill"] = tokens / computed
+        line["fill"] = tokens / computed  # 1: no padding, and no rank waits for another
         if peak:  # the share of the cards' speed in bf16 that went into real tokens
             targets = sum(int(pairs.sizes[i, 1:].sum()) for group in steps[step] for i in group)
             line["mfu"] = metrics.step_flops(policy.lm, tokens, targets) / seconds / (world * peak)
@@ -393,10 +397,10 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
             floor = (found["floor"] or 0.0) / (sum(units) / len(units) if units else 1)
             if step == 9 and rank == 0 and (text := advice(line, config, floor)):
                 tqdm.write(f"step 10: {text}")
-        ends = stopping or step + 1 == len(steps)
+        ends = stopping or step + 1 == len(steps)  # then the scores come after the loop
         if config.eval_every and (step + 1) % config.eval_every == 0 and not ends:
             line |= {f"eval_{name}": value for name, value in scores().items()}
-        with runtime.writing(metrics_file.name, keep=True):
+        with runtime.writing(metrics_file.name, keep=True):  # a full disk is told in one line
             metrics_file.write(json.dumps(line) + "\n")
             metrics_file.flush()
         draw(writer, step + 1, line)
@@ -404,12 +408,12 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
         bar.set_postfix({name: f"{line[name]:.3f}" for name in shown if name in line})
         bar.update()
 
-        # ---- save
+        # ---- save: what a kill loses is at most --save_every steps
         if stopping or (config.save_every and (step + 1) % config.save_every == 0):
             save_state(out, step + 1, policy, optimizer, meta)
         if stopping:
             break
-        started = time.perf_counter()
+        started = time.perf_counter()  # scores and saving don't count
     bar.close()
     metrics_file.close()
     stop.restore()
