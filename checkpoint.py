@@ -84,7 +84,8 @@ def check_disk(config, policy, cache_bytes: int):
     out, cache = Path(config.out).absolute(), Path(config.cache_dir).absolute()
     n, width = sum(p.numel() for p in policy.parameters()), torch.finfo(policy.dtype).bits // 8
     states = 2 * n * {"adam": 12, "rmsprop": 8}[config.optimizer] if config.save_every else 0
-    there = sum(file.stat().st_size for state in saved_states(out) for file in state.iterdir())
+    kept = saved_states(out) if config.resume else []  # whose room is used again; else they are set aside
+    there = sum(file.stat().st_size for state in kept for file in state.iterdir())
     needs = {"--out": (out, max(0, states - there) + n * width), "--cache_dir": (cache, cache_bytes)}
     places = {name: next(p for p in (path, *path.parents) if p.exists()) for name, (path, _) in needs.items()}
     for name, place in places.items():  # what goes to the same disk adds up
