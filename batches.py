@@ -125,8 +125,18 @@ def collate(
 # ---------------------------------------------------------------------------- steps
 def padded_tokens(lengths, row_tokens=None, row_multiple=1, **_) -> int:
     """R·L, the tokens of a forward with padding, of documents given by their lengths."""
+    if sum(lengths) <= (row_tokens or 0):  # one row: the answer without the search for it
+        return math.ceil(sum(lengths) / row_multiple) * row_multiple
     R, L = lay_out(lengths, row_tokens, row_multiple)[1:]
     return R * L
+
+
+def fits(lengths, max_tokens, row_tokens=None, row_multiple=1, **_) -> bool:
+    """Whether these documents take at most so many tokens with padding; 0 for no limit."""
+    longest = max(row_tokens or 0, *lengths) + row_multiple - 1  # of a row at most
+    if max_tokens == 0 or len(lengths) * longest <= max_tokens:  # even with a row each
+        return True
+    return padded_tokens(lengths, row_tokens, row_multiple) <= max_tokens
 
 
 def plan(indices, documents, ranks: int, *, max_tokens=0, **rows) -> list[list[int]]:
@@ -148,8 +158,8 @@ def plan(indices, documents, ranks: int, *, max_tokens=0, **rows) -> list[list[i
         total, r = heap[0]
         heapq.heapreplace(heap, (total + tokens[i], r))
         group = [*micro_steps[-1][r], i] if micro_steps else [i]
-        size = padded_tokens([n for j in group for n in documents[j]], **rows)
-        if not micro_steps or (len(group) > 1 and 0 < max_tokens < size):
+        together = fits([n for j in group for n in documents[j]], max_tokens, **rows)
+        if not micro_steps or (len(group) > 1 and not together):
             micro_steps.append([[] for _ in range(ranks)])
         micro_steps[-1][r].append(i)
     return [group for micro_step in micro_steps for group in micro_step]
@@ -169,13 +179,18 @@ def work_of(groups, documents, ranks: int, *, waits_each=False, **rows) -> tuple
     return real, ranks * slowest
 
 
-def plan_for_one(pairs: Pairs, indices, *, max_tokens=0, **rows) -> list[list[int]]:
+# Most tokens of a forward without gradient: on a CPU what is larger falls out of its cache.
+SCORED_TOKENS = {"cuda": 16384, "cpu": 2048}
+
+
+def plan_for_one(pairs: Pairs, indices, device, *, max_tokens=0, **rows) -> list[list[int]]:
     """Micro-batches of evaluation and Phase 1: as for one rank, so that any number of ranks makes the same.
 
-    max_tokens, rows: as `plan` takes them; but no limit means that of 16 pairs as long as the longest.
+    max_tokens, rows: as `plan` takes them; the device has a limit of its own (SCORED_TOKENS).
     """
-    documents = pairs.documents(rows["layout"])
-    return plan(indices, documents, 1, **rows, max_tokens=max_tokens or 16 * max(map(sum, documents)))
+    limit = SCORED_TOKENS.get(torch.device(device).type, 2048)
+    limit = min(max_tokens or limit, limit)
+    return plan(indices, pairs.documents(rows["layout"]), 1, max_tokens=limit, **rows)
 
 
 def epoch_order(n: int, epoch: int, seed: int) -> torch.Tensor:

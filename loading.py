@@ -119,7 +119,7 @@ def load_data(flag_name, config, tokenizer):
 
 # How long rows are, as collate takes it. On CUDA a forward is one row, since attention skips what no query
 # sees; on the CPU attention costs the square of a row, and rows are as short as the longest pair.
-ROWS = {"cuda": {"row_tokens": 16384, "row_multiple": 128}, "cpu": {"row_tokens": 128, "row_multiple": 1}}
+ROWS = {"cuda": {"row_tokens": 16384, "row_multiple": 128}, "cpu": {"row_tokens": 0, "row_multiple": 1}}
 
 
 def choose_layout(config, pairs, device) -> dict:

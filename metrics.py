@@ -55,7 +55,8 @@ def score_pairs(
     """
     rank, world = ranks()
     # Phase 1's micro-batches: the log π of a policy that has not moved are the cache's, bit for bit.
-    groups, _ = offline.shard_batches(pairs, range(-(-len(pairs) // offline.SHARD)), max_tokens, rows)
+    shards, device = range(-(-len(pairs) // offline.SHARD)), policy.lm.device
+    groups, _ = offline.shard_batches(pairs, shards, device, max_tokens, rows)
     groups += [[] for _ in range(-len(groups) % world)]  # as many for each rank
     was_training, table, mine = policy.training, dict[str, torch.Tensor](), groups[rank::world]
     policy.eval()
@@ -97,7 +98,9 @@ def moved_features(policy, pairs, top, *, max_tokens=0, progress=False, **rows) 
     of the policy, each a mean over all responses; and on how many responses either has the feature active.
     """
     rank, world = ranks()
-    groups = plan_for_one(pairs, range(len(pairs)), max_tokens=max_tokens, **rows)[rank::world]
+    groups = plan_for_one(pairs, range(len(pairs)), policy.lm.device, max_tokens=max_tokens, **rows)[
+        rank::world
+    ]
     sums = torch.zeros(3, policy.saes[0].m, dtype=torch.float64, device=policy.lm.device)  # (3, m)
     batches = stream(pairs, groups, device=policy.lm.device, **rows)
     shown = progress and rank == 0

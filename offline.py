@@ -98,7 +98,7 @@ def build_reference(policy: Policy, pairs: data.Pairs, cache_dir, identity, *, m
         runtime.barrier()
         shards = [folder / f"shard_{s:05d}.safetensors" for s in range(-(-len(pairs) // SHARD))]
         missing = _missing(shards, device)
-        groups, ends = shard_batches(pairs, missing[rank::world], max_tokens, rows)
+        groups, ends = shard_batches(pairs, missing[rank::world], device, max_tokens, rows)
         groups = lockstep(groups, device)
         was_training, parts = policy.training, list[tuple]()
         policy.eval()
@@ -131,7 +131,7 @@ def _missing(shards, device) -> list[int]:
     return broken.nonzero()[:, 0].tolist()
 
 
-def shard_batches(pairs, shards, max_tokens, rows):
+def shard_batches(pairs, shards, device, max_tokens, rows):
     """Micro-batches of some shards, one shard's after the other's; and which of them ends which shard.
 
     They don't depend on the ranks, and scores are made of the same: so a policy that has not moved computes
@@ -140,7 +140,7 @@ def shard_batches(pairs, shards, max_tokens, rows):
     groups, ends = [], {}
     for shard in shards:
         members = range(shard * SHARD, min(len(pairs), (shard + 1) * SHARD))
-        groups += plan_for_one(pairs, members, max_tokens=max_tokens, **rows)
+        groups += plan_for_one(pairs, members, device, max_tokens=max_tokens, **rows)
         ends[len(groups) - 1] = shard
     return groups, ends
 

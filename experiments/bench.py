@@ -147,7 +147,8 @@ def load_dataset(args):
 
 def micro_batches(args, pairs):
     """The micro-batches that train.py would make of the step's pairs."""
-    groups = plan_for_one(pairs, range(len(pairs)), max_tokens=Config.micro_batch_tokens, **args.rows)
+    documents, limit = pairs.documents(args.rows["layout"]), Config.micro_batch_tokens
+    groups = plan(range(len(pairs)), documents, 1, max_tokens=limit, **args.rows)
     return [collate(pairs, group, **args.rows) for group in groups]
 
 
@@ -356,7 +357,7 @@ def reference_pass(args):
     n = args.pairs * (32 if CUDA else 4)
     steps, pairs = make_steps(args, policies), make_pairs(args, n)
     identity = offline.reference_identity(policies["fpo"], pairs, weights="", arithmetic={})
-    groups = plan_for_one(pairs, range(n), **args.rows)
+    groups = plan_for_one(pairs, range(n), policies["fpo"].lm.device, **args.rows)
 
     @torch.no_grad()
     def bare_forward():

@@ -44,7 +44,7 @@ def read_states(policy, pairs, indices, rows, max_tokens=4096):
 
     rows: layout and padding, as `loading.choose_layout` gives them.
     """
-    groups, states = plan_for_one(pairs, indices, max_tokens=max_tokens, **rows), []
+    groups, states = plan_for_one(pairs, indices, policy.lm.device, max_tokens=max_tokens, **rows), []
     batches = stream(pairs, groups, device=policy.lm.device, **rows)
     for batch, _ in tqdm(batches, "states", len(groups)):
         states += policy.read_sites(batch)  # without the head: no logits

@@ -263,16 +263,20 @@ def test_any_number_of_ranks_scores_the_same_batches(monkeypatch):
         assert len(forwards) == {1: 3, 2: 2 * 2, 3: 3 * 1}[world], "as many on each rank: FSDP would wait"
         forwards.clear()
         tables.append({name: sum(part[name] for part in parts) for name in parts[0]})
-    assert len(plan_for_one(pairs, range(9), **rows)) == 3  # so that two ranks get a padding pair
+    assert len(plan_for_one(pairs, range(9), "cpu", **rows)) == 3  # so that two ranks get a padding pair
     for table in tables:
         assert all(torch.equal(table[name], tables[0][name]) for name in tables[0])
     assert tables[0]["logps_chosen"].max() < 0 and tables[0]["lengths_chosen"].min() > 0
 
 
-def test_scoring_without_a_limit_takes_sixteen_pairs():
-    pairs = Pairs([([2, 3], [4], [5])] * 40)  # 4 tokens each
-    groups = plan_for_one(pairs, range(40), layout="shared", row_tokens=1000)
-    assert list(map(len, groups)) == [16, 16, 8]
+def test_scoring_has_the_device_s_limit_too():
+    pairs = Pairs([([2, 3], [4] * 400, [5] * 110)] * 40)  # 512 tokens each
+    for device, limit, expected in (
+        ("cpu", 0, [4] * 10), ("cpu", 8192, [4] * 10), ("cpu", 1024, [2] * 20),
+        ("cuda", 0, [32, 8]), ("cuda", 8192, [16, 16, 8]),
+    ):  # fmt: skip
+        groups = plan_for_one(pairs, range(40), device, layout="shared", row_tokens=16384, max_tokens=limit)
+        assert list(map(len, groups)) == expected, device
 
 
 def test_epoch_order():
