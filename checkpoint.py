@@ -49,18 +49,19 @@ def save_state(out, step: int, policy, optimizer, meta: dict):
     """Write OUT/state/step_N: state.json and a file a rank; aside, then renamed; then the older one goes."""
     rank, world = runtime.ranks()
     aside, final = out / f"state/step_{step:08d}.tmp", out / f"state/step_{step:08d}"
-    if final.exists():
-        return
-    runtime.barrier()  # every rank has looked
     if rank == 0:
         for left in (out / "state").glob("step_*.tmp"):  # of a run that died while it wrote
             shutil.rmtree(left)
         aside.mkdir(parents=True)
     runtime.barrier()
-    # Whole weights are the same on every rank: rank 0 writes them.
-    writes = rank == 0 or isinstance(next(policy.parameters()), DTensor)
+    # What is whole is the same on every rank, and rank 0 writes it: with --shard states the weights, with
+    # `none` the optimizer's states too.
+    weights_shared = isinstance(next(policy.parameters()), DTensor)
+    states_shared = weights_shared or hasattr(optimizer, "optim")
     mine = {
-        n: t.contiguous() for n, t in state_tensors(policy, optimizer).items() if writes or n[:7] != "weight/"
+        name: tensor.contiguous()
+        for name, tensor in state_tensors(policy, optimizer).items()
+        if rank == 0 or (weights_shared if name.startswith("weight/") else states_shared)
     }
     with runtime.writing(aside):
         # safetensors cannot reopen a file that has neither tensors nor metadata, so always write metadata.

@@ -24,6 +24,9 @@ class UserError(ValueError):
     """What the user can mend: a wrong value, file, record or disk."""
 
 
+LESS_MEMORY = "a lower --micro_batch_tokens or --max_length, or --shard fsdp on several cards, takes less"
+
+
 def refuse(message):
     """Raise UserError."""
     raise UserError(message)
@@ -32,13 +35,17 @@ def refuse(message):
 def run_script(main):
     """Run a script's main(). A UserError ends it with one line on stderr and status 2: no traceback.
 
-    Every rank says its own, with its number: none can know whether another one fails too.
+    So does a full card, wherever it is met. Every rank says its own, with its number: none can know whether
+    another one fails too.
     """
     try:
         main()
-    except UserError as error:
+    except (UserError, torch.OutOfMemoryError) as error:
+        told = str(error)
+        if isinstance(error, torch.OutOfMemoryError):
+            told = f"the card's memory is full ({told:.150}); {LESS_MEMORY}"
         rank = os.environ.get("RANK")  # of torchrun: the processes may not have joined yet
-        tqdm.write(f"error: {error}" if rank is None else f"error (rank {rank}): {error}", file=sys.stderr)
+        tqdm.write(f"error: {told}" if rank is None else f"error (rank {rank}): {told}", file=sys.stderr)
         sys.exit(2)
 
 

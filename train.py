@@ -15,6 +15,7 @@ import json
 import math
 import os
 import resource
+import shlex
 import shutil
 import time
 from dataclasses import asdict
@@ -437,9 +438,13 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
                 print("", *(f"{name + ':':<8}{text!r}" for name, text in sample.items()), sep="\n")
             print(f"\n{out}: model, metrics.jsonl, config.json, scores.json, samples.json")
             print("what its samples tell:")
-            print(f"python eval_diversity.py --model {out / 'model'} --reference {config.reference}")
+            models = ["--model", str(out / "model"), "--reference", config.reference]
+            print(shlex.join(["python", "eval_diversity.py", *models]))
     if dist.is_initialized():
         dist.barrier()
+        # DDP's part in C++ must not be the last that holds gloo's group: it would end gloo's threads while it
+        # keeps Python's lock, which one of them may be waiting for, and the rank would hang here for ever.
+        del model
         dist.destroy_process_group()
 
 

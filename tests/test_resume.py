@@ -27,6 +27,7 @@ import pickle
 import random
 import re
 import resource
+import shlex
 import shutil
 import signal
 import threading
@@ -242,14 +243,17 @@ def test_a_second_signal_finds_the_former_handlers(number):
         stop.restore()
 
 
-def test_two_runs_in_one_folder(folder):
+def test_two_runs_in_one_folder(folder, capsys):
     """While another holds a run's folder a run is refused and writes nothing; then it goes on."""
-    (folder / "run").mkdir()
-    with filelock.FileLock(folder / "run/lock"):
-        assert "run" in refused("--out", "run")
-        assert [path.name for path in (folder / "run").iterdir()] == ["lock"]
-    run("--out", "run", "--steps", "1")
-    assert len(lines_of("run")) == 1
+    (folder / "a run").mkdir()
+    with filelock.FileLock(folder / "a run/lock"):
+        assert "a run" in refused("--out", "a run")
+        assert [path.name for path in (folder / "a run").iterdir()] == ["lock"]
+    run("--out", "a run", "--steps", "1")
+    assert len(lines_of("a run")) == 1
+    # The command that it ends with can be typed as it stands.
+    *_, words = (shlex.split(line) for line in capsys.readouterr().out.splitlines() if "--reference" in line)
+    assert words == ["python", "eval_diversity.py", "--model", "a run/model", "--reference", "runs/toy/model"]
 
 
 # ---------------------------------------------------------------------------- what a run goes on with
@@ -417,6 +421,27 @@ def test_too_little_disk_is_told_at_the_start(folder, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda place: free._replace(free=21 * 10**9))
     config.save_every = 1000
     checkpoint.check_disk(config, policy, 10**9)
+    # The room of a state that is there is used again by a run that goes on, not by one that begins anew.
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: free._replace(free=15 * 10**9))
+    (folder / "cut/state/step_00000003").mkdir(parents=True)
+    with open(folder / "cut/state/step_00000003/rank_0.safetensors", "wb") as file:
+        file.truncate(6 * 10**9)
+    with pytest.raises(UserError, match=r"up to 21\.0 GB, 15\.0 are free"):
+        checkpoint.check_disk(config, policy, 10**9)
+    config.resume = True
+    checkpoint.check_disk(config, policy, 10**9)
+
+
+def test_a_state_has_what_the_ranks_share_once(folder, fork):
+    """With --shard none two ranks hold the same: 12 bytes a parameter are written, and read by both."""
+    flags = [*RUN, "--shard", "none", "--save_every", "5", "--out"]
+    fork(folder, ROOT / "train.py", *flags, "cut", ranks=2).finish()
+    n = sum(tensor.numel() for tensor in load_file("cut/model/model.safetensors").values())
+    first, second = (path.stat().st_size for path in sorted(Path("cut/state/step_00000005").glob("rank_*")))
+    assert 12 * n < first < 12.2 * n and second < 1000
+    whole = bits_of("cut")
+    fork(folder, ROOT / "train.py", *flags, "cut", "--resume", ranks=2).finish()
+    assert bits_of("cut") == whole
 
 
 FULL = {  # at which function's call the disk is full, which call, bytes that a file still takes, which file

@@ -3,6 +3,7 @@
 import functools
 import gc
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,7 @@ import loading
 import losses
 import metrics
 import offline
+import runtime
 import settings
 import train
 from batches import epoch_order
@@ -68,6 +70,29 @@ def test_two_ranks_do_what_one_does(folder, fork):
     assert config["alpha"] == 0.5 and config["audit"]["difference"] < 1e-4
     scores = json.loads((folder / "two/scores.json").read_text())
     assert scores["before"]["reward_accuracy"] == 0.5 and scores["after"]["kl_rejected"] > 0
+
+
+LEAVES = """
+import gc
+import torch
+import train
+
+real = torch.distributed.destroy_process_group
+
+def destroy():
+    wrappers = [x for x in gc.get_objects() if type(x).__name__ == "DistributedDataParallel"]
+    print(f"{len(wrappers)} wrappers are left")
+    real()
+
+torch.distributed.destroy_process_group = destroy
+train.main()
+"""
+
+
+def test_nothing_holds_the_ranks_group_when_it_ends(folder, fork):
+    """DDP's wrapper, if it goes last, can hang: it waits, with Python's lock, for a thread that wants it."""
+    out = fork(folder, "-c", LEAVES, "--method", "dpo", *SHORT, ranks=2).finish()
+    assert out.count("0 wrappers are left") == 2
 
 
 @pytest.mark.parametrize("method", ["fpo", pytest.param("tdpo2", marks=pytest.mark.slow)])
@@ -617,6 +642,19 @@ def test_too_little_memory_is_told(monkeypatch):
     config.activation_checkpointing, config.shard = True, "fsdp"
     with pytest.raises(UserError, match=r"less is needed by --max_length below 1024$"):
         audit.audit_and_freeze(fpo.Policy(make_lm()), pairs, config, {"layout": "shared"})
+
+
+def test_too_little_memory_in_the_loop_is_told(folder, monkeypatch, capsys):
+    """Wherever it is met: in one line that says what takes less, with status 2."""
+
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.91 GiB.")
+
+    monkeypatch.setattr(train, "step_sums", full)
+    with pytest.raises(SystemExit) as ended:
+        runtime.run_script(lambda: run("--method", "dpo", *SHORT))
+    (said,) = re.findall(r"error: (.*)", capsys.readouterr().err)
+    assert ended.value.code == 2 and "Tried to allocate 3.91 GiB" in said and "--micro_batch_tokens" in said
 
 
 def test_layers_of_a_model_with_images_are_compiled():
