@@ -13,6 +13,8 @@ import time
 from multiprocessing import forkserver
 from pathlib import Path
 
+# Two processes share out the tests (pyproject.toml): one thread each is fastest.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -274,25 +276,32 @@ def lines_of(run):
 
 @pytest.fixture(scope="session", autouse=True)
 def world_in_the_making(request, tmp_path_factory):
-    """The process that makes the toy world while the first tests run, if a test needs it; and its folder."""
+    """Starts the process that makes the toy world, if a test needs it, while the first tests run; the folder.
+
+    Of pytest's processes one starts it, for all of them.
+    """
     cache = str(tmp_path_factory.mktemp("datasets"))  # of tests and scripts: never the user's own
     os.environ["HF_DATASETS_CACHE"] = datasets.config.HF_DATASETS_CACHE = cache
-    if not any("world" in item.fixturenames for item in request.session.items):
-        yield
-        return
-    out = tmp_path_factory.mktemp("toy")
-    process = start(out, ROOT / "toy.py", "--out", out / "world")
-    forkserver.ensure_running()  # and loads what it preloads meanwhile
-    yield process, out / "world"
-    process.kill()
+    base = tmp_path_factory.getbasetemp()
+    folder, process = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "world", None
+    if any("world" in item.fixturenames for item in request.session.items):
+        forkserver.ensure_running()  # and loads what it preloads meanwhile
+        with contextlib.suppress(FileExistsError):
+            folder.with_name("world_begun").mkdir()
+            process = start(base, ROOT / "toy.py", "--out", folder)
+    yield folder
+    if process:
+        finish(process)
 
 
 @pytest.fixture(scope="session")
 def world(world_in_the_making):
-    """The toy world's folder."""
-    process, folder = world_in_the_making
-    finish(process)
-    return folder
+    """The toy world's folder, once all is in it: toy.json comes last."""
+    until = time.monotonic() + 240
+    while not (world_in_the_making / "toy.json").exists():
+        time.sleep(0.05)
+        assert time.monotonic() < until, "no toy world was made"
+    return world_in_the_making
 
 
 def make_folder(world, path):
