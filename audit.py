@@ -35,18 +35,21 @@ def audit(policy: Policy, pairs, *, k=50, **rows) -> dict:
     Raises:
         UserError: the difference is above TOLERANCE, or a second run gives other values (dropout, jitter).
     """
+    # ---- which pairs: the longest, and of those ordered by length the first, and one of each quarter
     sizes = torch.tensor([max(lengths) for lengths in pairs.documents("separate")])  # (n,) with one response
     by_length = sizes.argsort(stable=True)
     quarters = by_length[torch.linspace(0, len(pairs) - 1, 5).long()].tolist()
     several = list(dict.fromkeys(quarters[:-1]))  # in one row, or in rows that they share
+    # ---- against itself, then against the model's own forward
     found = [differences(policy, pairs, group, rows) for group in (quarters[-1:], several)]
     repeat, difference = torch.stack(found).amax(0).tolist()
     kind, limit = type(policy.lm).__name__, TOLERANCE[policy.dtype]
-    if not repeat <= limit / 10:
+    if not repeat <= limit / 10:  # NaN is refused too
         raise UserError(f"{kind}: two runs of one batch differ by {repeat:.2g} nats a token (dropout?)")
     if not difference <= limit:
         what = f"log π differs from the model's own forward by {difference:.2g} nats a token"
         raise UserError(f"{kind}: {what} (allowed: {limit:g}): a part of this model is not understood")
+    # ---- what of a sliding window was seen by it
     window = getattr(policy.lm.config.get_text_config(), "sliding_window", None)
     tested = window if window is not None and int(sizes.max()) > window else None
     return {"difference": difference, "floor": noise_floor(policy, pairs, k=k, **rows), "window": tested}
@@ -55,7 +58,7 @@ def audit(policy: Policy, pairs, *, k=50, **rows) -> dict:
 def differences(policy: Policy, pairs, indices, rows) -> torch.Tensor:
     """(2,) the most nats a token by which log π of these pairs differs: run again, and by the model's own."""
     batch = collate(pairs, indices, **rows).to(policy.lm.device)
-    policy.train()
+    policy.train()  # as training runs it: with checkpointing, and dropout where a model still has some
     ours, again = policy(batch)[0], policy(batch)[0]
     policy.eval()
     with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
@@ -63,7 +66,7 @@ def differences(policy: Policy, pairs, indices, rows) -> torch.Tensor:
         alone = [collate(pairs, [i], layout="separate").to(policy.lm.device) for i in indices]
         # Of FSDP2's shards the root's are whole since `ours`, the layers gather theirs.
         theirs = torch.stack([policy.plain_logps(one) for one in alone], 1).flatten()
-    theirs = F.pad(theirs, (0, len(ours.logps) - len(theirs)))  # SFT has no rejected ones
+    theirs = F.pad(theirs, (0, len(ours.logps) - len(theirs)))  # (2·B,): SFT has no rejected ones
     # Of a pair, as 8 tokens at least: in bf16 the rounding of a single logit is up to 0.1.
     tokens = ours.lengths.view(2, -1).sum(0).clamp(min=8)
     far = [((ours.logps - x).abs().view(2, -1).sum(0) / tokens).max() for x in (again.logps, theirs)]
@@ -89,7 +92,7 @@ def noise_floor(policy: Policy, pairs, *, k=50, n=8, **rows) -> float | None:
 
     indices = torch.linspace(0, len(pairs) - 1, min(n, len(pairs))).long().tolist()
     batch = collate(pairs, indices, **rows).to(policy.lm.device)
-    features = policy(batch)[0].features
+    features = policy(batch)[0].features  # per SAE (2·n, m)
     with policy.lm.get_input_embeddings().register_forward_hook(nudge):
         again = policy(batch)[0].features
     return feature_distance(again, features, k=k).mean().item()
@@ -100,13 +103,14 @@ def freeze(policy, pairs, rows):
     policy.train()
     policy(collate(pairs, [pairs.shortest], **rows).to(policy.lm.device))[0].logps.sum().backward()
     policy.eval()
-    for parameter in policy.parameters():
+    for parameter in policy.parameters():  # DDP expects a gradient of each that wants one
         parameter.requires_grad_(parameter.grad is not None)
         parameter.grad = None
 
 
 def out_of_memory(error, pairs, config) -> str:
     """What does not fit, and which settings take less memory."""
+    # What is in use already is not advised.
     less = [] if config.activation_checkpointing else ["--activation_checkpointing"]
     less += [] if config.shard == "fsdp" else ["--shard fsdp with several cards"]
     longest = int(pairs.sizes.sum(1).max())

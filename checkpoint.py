@@ -40,7 +40,7 @@ def state_tensors(policy, optimizer) -> dict[str, torch.Tensor]:
     updated = {id(p) for group in inner.param_groups for p in group["params"]}  # by this rank
     for name, parameter in policy.named_parameters():
         tensors[f"weight/{name}"] = scale.local(parameter).detach()
-        if id(parameter) in updated:
+        if id(parameter) in updated:  # with --shard states each rank updates a part
             tensors |= {f"{key}/{name}": tensor for key, tensor in inner.state_of(parameter).items()}
     return tensors
 
@@ -83,11 +83,13 @@ def check_disk(config, policy, cache_bytes: int):
     the most that Phase 1 can write.
     """
     out, cache = Path(config.out).absolute(), Path(config.cache_dir).absolute()
+    # ---- bytes that each folder will take
     n, width = sum(p.numel() for p in policy.parameters()), torch.finfo(policy.dtype).bits // 8
     states = 2 * n * {"adam": 12, "rmsprop": 8}[config.optimizer] if config.save_every else 0
     kept = saved_states(out) if config.resume else []  # whose room is used again; else they are set aside
     there = sum(file.stat().st_size for state in kept for file in state.iterdir())
     needs = {"--out": (out, max(0, states - there) + n * width), "--cache_dir": (cache, cache_bytes)}
+    # ---- and that the disk has under it, or under the nearest folder that is there
     places = {name: next(p for p in (path, *path.parents) if p.exists()) for name, (path, _) in needs.items()}
     for name, place in places.items():  # what goes to the same disk adds up
         disk = [other for other in places if places[other].stat().st_dev == place.stat().st_dev]
@@ -113,6 +115,7 @@ def read_meta(config, input_digests=None) -> dict:
         settings, before, ranks = meta["settings"], meta["input_digests"], meta["ranks"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--resume: {path} is not what a run writes: {error!r}") from None
+    # ---- every difference is named, not the first alone
     now = json.loads(json.dumps(asdict(config))).items()
     odd = [
         f"--{n} was {settings.get(n)}, is {v}"
@@ -134,7 +137,7 @@ def load_state(out, policy, optimizer):
     try:
         files = [safe_open(folder / f"rank_{r}.safetensors", "pt") for r in sorted({0, rank}, reverse=True)]
         with torch.no_grad():
-            for name, tensor in state_tensors(policy, optimizer).items():
+            for name, tensor in state_tensors(policy, optimizer).items():  # own file first, else rank 0's
                 file = next(file for file in files if name in file.keys())  # noqa: SIM118
                 tensor.copy_(file.get_tensor(name))
     except (OSError, SafetensorError, StopIteration, RuntimeError) as error:

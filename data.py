@@ -429,7 +429,7 @@ class Pairs:
 
 
 def load_pairs(
-    source: str, tokenizer, *, max_length=1024, max_prompt_length=512, sft=False, chat_format="auto"
+    source: str, tokenizer, *, max_length=2048, max_prompt_length=1024, sft=False, chat_format="auto"
 ) -> Pairs:
     """Read (`read_records`) and tokenise (`encode`) a data set. The result stays on disk, for the next run.
 

@@ -262,17 +262,9 @@ class Policy(nn.Module):
 
 # ---------------------------------------------------------------------------- method -> loss
 def method_loss(
-    method,
-    policy_stats,
-    reference_stats=None,
-    *,
-    beta,
-    alpha=0.5,
-    gamma=0.5,
-    k=50,
-    stop_gradient=True,
+    method, policy_stats, reference_stats=None, *, beta, alpha=0.5, gamma=0.5, k=50, stop_gradient=True,
     units=(),
-):
+):  # fmt: skip
     """One method's loss per pair, from the statistics (Table 1, Table 6).
 
     Args:

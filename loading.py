@@ -73,12 +73,14 @@ def load_saes(config, device):
     Without --sae_layer it is the layer that the SAE says it is of, else the last one of the SAE's repo or of
     the model. Raises: UserError for anything that `sae.load_sae` refuses.
     """
+    # ---- one layer, width and L0 for each SAE
     last = load_config(config.model).get_text_config().num_hidden_layers - 1
     layers = config.sae_layer or [None]
     l0s = config.sae_l0 * len(layers) if len(config.sae_l0) == 1 else config.sae_l0
     if len(l0s) != len(layers):
         refuse(f"--sae_l0 {l0s}: one value is needed, or one for each of --sae_layer {layers}")
     width = None if config.sae_width == "auto" else config.sae_width
+    # ---- read, and where each reads
     saes, sites = [], []
     for layer, l0 in zip(layers, l0s, strict=True):
         options = {"layer": layer, "width": width, "average_l0": None if l0 == "auto" else l0}
@@ -95,6 +97,7 @@ def load_saes(config, device):
 
 def load_data(flag_name, config, tokenizer):
     """The pairs of --dataset or --eval_dataset, with what was left out or cut printed."""
+    # ---- one vocabulary, or their log π are of other things
     size, other = (load_config(n).get_text_config().vocab_size for n in (config.model, config.reference))
     if size != other:
         refuse(f"--reference {config.reference}: a vocabulary of {other}, the model's has {size}")
@@ -103,6 +106,7 @@ def load_data(flag_name, config, tokenizer):
         source, tokenizer, max_length=config.max_length, max_prompt_length=config.max_prompt_length,
         sft=config.method == "sft", chat_format=config.chat_format,
     )  # fmt: skip
+    # ---- ids and positions that the model does not have
     if (most := pairs.largest_token()) >= size:
         refuse(f"{source}: token id {most} of a vocabulary of {size}: the tokenizer is another model's")
     longest = int((pairs.sizes[:, 0] + pairs.sizes[:, 1:].amax(1)).max())
@@ -137,6 +141,7 @@ def choose_layout(config, pairs, device) -> dict:
 def load_policy(name, config, device, saes, sites, *, frozen=False, hashed=True):
     """A Policy as training runs it, or the `frozen` reference beside it; if `hashed`, its weights' digest."""
     fsdp, dtype = config.shard == "fsdp", torch_dtype(config, device)
+    # FSDP2 keeps float32 weights and casts them as it gathers them; a frozen model needs none.
     lm = load_lm(name, device, dtype=torch.float32 if fsdp and not frozen else dtype, move=not fsdp)
     digest = offline.digest(lm.state_dict()) if hashed else None
     if config.activation_checkpointing and not frozen:

@@ -101,6 +101,7 @@ def moved_features(policy, pairs, top, *, max_tokens=0, progress=False, **rows) 
     groups = plan_for_one(pairs, range(len(pairs)), policy.lm.device, max_tokens=max_tokens, **rows)[
         rank::world
     ]
+    # ---- of each feature: Σ before, Σ after, on how many responses
     sums = torch.zeros(3, policy.saes[0].m, dtype=torch.float64, device=policy.lm.device)  # (3, m)
     batches = stream(pairs, groups, device=policy.lm.device, **rows)
     shown = progress and rank == 0
@@ -143,6 +144,7 @@ def pair_columns(table, *, method=None, beta=0.1) -> dict[str, tuple[torch.Tenso
         A tie is what the rounding of float32 can make of equals: errors of n tokens have any sign, so that
         their sum is off by √n times ROUNDING, and the mean by 1/√n.
         """
+        # (n,) each; a response that is not there (SFT's rejected) has 0 tokens
         w, l = (table[f"{name}_{side}"] / (n[side].clamp(min=1) if per_token else 1) for side in n)
         variance = sum(1 / x.clamp(min=1) if per_token else x for x in n.values())
         return torch.where((w - l).abs() <= ROUNDING * variance.sqrt(), 0.5, (w > l).double()), one
@@ -155,9 +157,11 @@ def pair_columns(table, *, method=None, beta=0.1) -> dict[str, tuple[torch.Tenso
         own = "logps" if method in ("simpo", "simpo_kl") else "ratio"
         if method not in (None, "sft") and f"{own}_chosen" in table:
             columns["reward_accuracy"] = share_above(own, method in PER_TOKEN)
+    # ---- entropy: a mean over tokens, hence a fraction of sums
     sides = ("chosen", "rejected") if both else ("chosen",)
     entropy, tokens = (sum(table[f"{name}_{side}"] for side in sides) for name in ("entropy", "lengths"))
     columns["teacher_forced_entropy"] = entropy, tokens
+    # ---- distances: a mean over responses
     for name in ("kl", "mse"):
         if f"{name}_chosen" in table:
             columns |= {f"{name}_{side}": (table[f"{name}_{side}"], one) for side in sides}
@@ -175,10 +179,11 @@ def summary(groups, *, bootstrap=0, seed=0) -> dict:
     """
     scores, intervals = dict[str, float](), dict[str, list[float]]()
     for columns in groups:
-        parts = zip(*columns.values(), strict=True)
+        parts = zip(*columns.values(), strict=True)  # all numerators, all denominators
         numerator, denominator = (torch.stack(part, 1).double() for part in parts)  # (n, keys)
         scores |= dict(zip(columns, (numerator.sum(0) / denominator.sum(0)).tolist(), strict=True))
         g, n = torch.Generator().manual_seed(seed), len(numerator)
+        # A resample is how often each item was drawn, (n,).
         drawn = (torch.randint(n, (n,), generator=g).bincount(minlength=n).double() for _ in range(bootstrap))
         draws = [(times @ numerator) / (times @ denominator) for times in drawn]
         if draws:

@@ -96,10 +96,12 @@ def build_reference(policy: Policy, pairs: data.Pairs, cache_dir, identity, *, m
             manifest = {"identity": identity, "pairs": len(pairs), "shard": SHARD}
             runtime.write_json(folder / "manifest.json", manifest)
         runtime.barrier()
+        # ---- which shards are to be made, and by which rank
         shards = [folder / f"shard_{s:05d}.safetensors" for s in range(-(-len(pairs) // SHARD))]
         missing = _missing(shards, device)
         groups, ends = shard_batches(pairs, missing[rank::world], device, max_tokens, rows)
-        groups = lockstep(groups, device)
+        groups = lockstep(groups, device)  # FSDP's forwards are collectives: every rank makes as many
+        # ---- π_ref once over their pairs
         was_training, parts = policy.training, list[tuple]()
         policy.eval()
         batches = stream(pairs, groups, device=device, **rows)
@@ -203,7 +205,7 @@ class ReferenceCache:
         units = []
         for s in range(len(self.widths)):
             shards = range(-(-self.pairs // self.shard))
-            norms = torch.cat([self._shard(n)[0].get_tensor(f"norms.{s}") for n in shards]).double()
+            norms = torch.cat([self._shard(n)[0].get_tensor(f"norms.{s}") for n in shards]).double()  # (n, 2)
             units.append(((norms * lengths).sum() / lengths.sum()).item())
         return tuple(units)
 
@@ -214,7 +216,7 @@ class ReferenceCache:
                 file = safe_open(path, "pt")
             except (OSError, SafetensorError) as error:
                 raise UserError(f"{path}: {error}; start again to make it anew") from None
-            starts = []
+            starts = []  # per SAE, of 2 vectors a pair, chosen then rejected, and where the last one ends
             for s in range(len(self.widths)):
                 starts.append(F.pad(file.get_tensor(f"counts.{s}").flatten().cumsum(0), (1, 0)).tolist())
             self._open[number] = file, file.get_tensor("logps"), starts
@@ -231,7 +233,7 @@ class ReferenceCache:
             logps[:, b] = shard_logps[row]
             for s, dense in enumerate(features):
                 ids, values = file.get_slice(f"ids.{s}"), file.get_slice(f"values.{s}")
-                for side in (0, 1):
+                for side in (0, 1):  # its run of non-zero entries, by id
                     a, z = starts[s][2 * row + side : 2 * row + side + 2]
                     dense[b + side * len(index), ids[a:z].long()] = values[a:z]
         return Statistics(logps.flatten(), features=features)

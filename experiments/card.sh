@@ -24,4 +24,4 @@ run no_compile 30 python train.py $train --no_compile --out runs/card/no_compile
 run sigterm 40 timeout --signal TERM 20 python train.py $train --steps 100000 --out runs/card/sigterm
 
 # ---- the tests, last since they are the longest
-run tests 160 python -m pytest -q -x tests/test_cuda.py
+run tests 160 python -m pytest -n 0 -x tests/test_cuda.py

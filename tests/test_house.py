@@ -2,8 +2,10 @@
 
 import ast
 import dataclasses
+import inspect
 from pathlib import Path
 
+import data
 import settings
 
 ROOT = Path(__file__).parent.parent
@@ -43,6 +45,13 @@ def test_arrows_point_down():
 def test_files_of_one_sitting():
     for path in (*ROOT.glob("*.py"), *ROOT.glob("experiments/*.py")):
         assert len(path.read_text().splitlines()) <= 500, path.name
+
+
+def test_a_data_set_is_cut_alike_from_a_run_and_from_a_notebook():
+    """load_pairs' own limits are those of the settings."""
+    limits = inspect.signature(data.load_pairs).parameters
+    for name in ("max_length", "max_prompt_length"):
+        assert limits[name].default == getattr(settings.Config, name)
 
 
 def test_every_flag_has_a_help_text():
