@@ -49,7 +49,7 @@ import runtime
 from audit import audit_and_freeze
 from metrics import summary
 from runtime import refuse
-from sampling import first_prompts, sample_responses
+from sampling import first_prompts, room, sample_responses
 from settings import Config, flag
 from settings import parse_args as parse_run_args
 
@@ -240,6 +240,11 @@ def main(settings: Settings | None = None):
     tokenizer = data.load_tokenizer(config.model)
     pairs = loading.load_data("eval_dataset", config, tokenizer)
     training = loading.load_data("dataset", config, tokenizer) if settings.train_pairs is not None else None
+    if settings.samples:
+        left = room(loading.load_config(config.model), first_prompts(pairs, settings.prompts))
+        if settings.max_new_tokens > left:
+            said = f"--max_new_tokens {settings.max_new_tokens}"
+            refuse(f"{said}: places that the model has after the longest prompt: {left}")
     reads = config.sae is not None and (settings.reference or settings.features_top)
     saes, sites = loading.load_saes(config, device) if reads else ([], [])
     dtype = loading.torch_dtype(config, device)

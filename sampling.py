@@ -10,6 +10,7 @@ from transformers import GenerationConfig
 
 import data
 import runtime
+from loading import positions
 
 
 def first_prompts(pairs: data.Pairs, n: int) -> list[list[int]]:
@@ -20,6 +21,11 @@ def first_prompts(pairs: data.Pairs, n: int) -> list[list[int]]:
             break
         found[tuple(pairs.sampling_prompt(i).tolist())] = None
     return [list(prompt) for prompt in found]
+
+
+def room(lm_config, prompts) -> int:
+    """How many new tokens the model has positions for after the longest of these prompts."""
+    return positions(lm_config) - max(map(len, prompts))
 
 
 def sample_responses(
@@ -83,14 +89,16 @@ def continue_batch(lm, prompts) -> list[list[int]]:
 
 
 def greedy_answers(policy, tokenizer, prompts, max_new_tokens=48) -> list[str]:
-    """The text that a Policy's model answers to each prompt, greedily, up to so many tokens.
+    """The text that a Policy's model answers to each prompt, greedily, of as many tokens as it can place.
 
     Every rank must call it; a model that is sharded (FSDP2) can't generate.
     """
     was_training = policy.training
     policy.eval()
     with torch.compiler.set_stance("force_eager"):  # compiled layers would compile anew for every length
-        options = {"temperature": 0, "max_new_tokens": max_new_tokens}
-        answers = sample_responses(policy.lm, tokenizer, prompts, **options) if prompts else []
+        answers = []
+        if prompts:
+            most = min(max_new_tokens, room(policy.lm.config, prompts))
+            answers = sample_responses(policy.lm, tokenizer, prompts, temperature=0, max_new_tokens=most)
     policy.train(was_training)
     return [tokenizer.decode(tokens, skip_special_tokens=True) for (tokens,) in answers]

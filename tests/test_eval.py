@@ -16,6 +16,7 @@ import eval_diversity
 import fpo
 import losses
 import metrics
+import sampling
 from data import Pairs
 from eval_diversity import Settings, evaluate, sample_responses
 from runtime import UserError
@@ -233,6 +234,22 @@ def test_temperature_zero_is_greedy(lm, tokenizer):
         while len(ids) < len(prompt) + 10 and ids[-1] not in (1, 7):
             ids.append(lm(torch.tensor([ids])).logits[0, -1].argmax().item())
         assert responses == [ids[len(prompt) :]] * 2
+
+
+def test_nothing_is_sampled_that_has_no_place(lm, tokenizer, run):
+    """More tokens than the model has positions for are refused; what training shows is cut there."""
+    most = lm.config.max_position_embeddings
+    records = [json.loads(line) for line in (run / "pairs.jsonl").read_text().splitlines()]
+    # A prompt is a token a word; <bos>, <u>, <end> and <a> come with it.
+    left = most - max(len(record["prompt"].split()) for record in records) - 4
+    words = f"--model run/model --samples 2 --max_new_tokens {most}".split()
+    with pytest.raises(UserError, match=rf"--max_new_tokens {most}: .* prompt: {left}$"):
+        eval_diversity.main(eval_diversity.parse_args(words))
+    short, prompt = copy.deepcopy(lm), [2, 5, 9, 30, 44, 45, 46]
+    short.config.max_position_embeddings = len(prompt) + 4
+    (said,) = sampling.greedy_answers(fpo.Policy(short), tokenizer, [prompt])
+    ((answer,),) = sample_responses(lm, tokenizer, [prompt], temperature=0, max_new_tokens=4)
+    assert said == tokenizer.decode(answer, skip_special_tokens=True)
 
 
 @torch.no_grad()
