@@ -190,7 +190,8 @@ def plan_for_one(pairs: Pairs, indices, device, *, max_tokens=0, **rows) -> list
     """
     limit = SCORED_TOKENS.get(torch.device(device).type, 2048)
     limit = min(max_tokens or limit, limit)
-    return plan(indices, pairs.documents(rows["layout"]), 1, max_tokens=limit, **rows)
+    documents = dict(zip(indices, pairs.documents(rows["layout"], indices), strict=True))  # not of all pairs
+    return plan(indices, documents, 1, max_tokens=limit, **rows)
 
 
 def epoch_order(n: int, epoch: int, seed: int) -> torch.Tensor:

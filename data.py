@@ -404,11 +404,12 @@ class Pairs:
         """The prompt as the template renders it for sampling, the answer opened."""
         return torch.cat([self[i][0], self.read(i, "opening")])
 
-    def documents(self, layout: str) -> list[list[int]]:
-        """Of each pair the tokens of its documents: of one (layout shared, or SFT), or of two (separate)."""
-        one = [[sum(sizes)] for sizes in self.sizes.tolist()]
-        two = [[p + w, p + l] if l else [p + w] for p, w, l in self.sizes.tolist()]
-        return one if layout == "shared" else two
+    def documents(self, layout: str, indices=None) -> list[list[int]]:
+        """Of all pairs, or of these, the tokens of its documents: one (shared, or SFT) or two (separate)."""
+        sizes = (self.sizes if indices is None else self.sizes[list(indices)]).tolist()
+        if layout == "shared":
+            return [[sum(three)] for three in sizes]
+        return [[p + w, p + l] if l else [p + w] for p, w, l in sizes]
 
     @property
     def shortest(self) -> int:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import batches
 import fpo
 import metrics
+import offline
 from batches import collate, epoch_order, lay_out, padded_tokens, plan, plan_for_one, work_of
 from data import Pairs
 
@@ -277,6 +278,16 @@ def test_scoring_has_the_device_s_limit_too():
     ):  # fmt: skip
         groups = plan_for_one(pairs, range(40), device, layout="shared", row_tokens=16384, max_tokens=limit)
         assert list(map(len, groups)) == expected, device
+
+
+def test_a_plan_reads_each_pair_once(monkeypatch):
+    """However many shards there are: else 61,000 pairs, 240 shards, are planned for minutes."""
+    pairs, read, documents = make_pairs(40), [], Pairs.documents
+    monkeypatch.setattr(Pairs, "documents", lambda *args: read.append(documents(*args)) or read[-1])
+    monkeypatch.setattr(offline, "SHARD", 4)
+    groups, ends = offline.shard_batches(pairs, range(10), "cpu", 0, {"layout": "separate"})
+    assert sum(map(len, read)) == len(pairs) and len(ends) == 10
+    assert sorted(i for group in groups for i in group) == list(range(40))
 
 
 def test_epoch_order():
