@@ -400,6 +400,9 @@ class Pairs:
         """(prompt, chosen, rejected), token ids."""
         return self.read(i, "tokens").split(self.sizes[i].tolist())
 
+    def __iter__(self):
+        return (self[i] for i in range(len(self)))
+
     def sampling_prompt(self, i: int) -> torch.Tensor:
         """The prompt as the template renders it for sampling, the answer opened."""
         return torch.cat([self[i][0], self.read(i, "opening")])

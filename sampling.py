@@ -1,6 +1,7 @@
 """Responses that a model writes: sampled for evaluation, or greedy, to show what training has changed."""
 
 import contextlib
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -51,14 +52,14 @@ def sample_responses(
     # Job p * samples + s is the s-th response to prompt p. Prompts of one length make little padding.
     jobs = sorted(range(len(prompts) * samples), key=lambda job: len(prompts[job // samples]))
     batches = [jobs[i : i + sample_batch] for i in range(0, len(jobs), sample_batch)]
-    drawn, mine = {}, range(rank, len(batches), world)
+    drawn, mine = dict[int, list[int]](), range(rank, len(batches), world)
     with generating(lm, settings):
         for number in tqdm(mine, "sampling", disable=True if rank else None, leave=False):
             torch.manual_seed(seed * 1_000_003 + number)
             responses = continue_batch(lm, [prompts[job // samples] for job in batches[number]])
             drawn |= zip(batches[number], responses, strict=True)
     if dist.is_initialized():
-        parts = [None] * world
+        parts = [dict[int, list[int]]()] * world
         dist.all_gather_object(parts, drawn)
         drawn = {job: response for part in parts for job, response in part.items()}
     return [[drawn[p * samples + s] for s in range(samples)] for p in range(len(prompts))]
@@ -78,10 +79,10 @@ def generating(lm, settings):
 
 def continue_batch(lm, prompts) -> list[list[int]]:
     """New tokens for each prompt, up to a stop token and with it."""
-    settings, left = lm.generation_config, {"batch_first": True, "padding_side": "left"}
+    settings, left = lm.generation_config, partial(pad_sequence, batch_first=True, padding_side="left")
     rows = [torch.tensor(prompt) for prompt in prompts]
-    ids = pad_sequence(rows, padding_value=settings.pad_token_id, **left).to(lm.device)  # (rows, longest)
-    mask = pad_sequence([torch.ones_like(row) for row in rows], **left).to(lm.device)
+    ids = left(rows, padding_value=settings.pad_token_id).to(lm.device)  # (rows, longest)
+    mask = left([torch.ones_like(row) for row in rows]).to(lm.device)
     new = lm.generate(ids, attention_mask=mask)[:, ids.shape[1] :].tolist()
     stops = settings.eos_token_id
     ends = [next((n + 1 for n, token in enumerate(row) if token in stops), len(row)) for row in new]
