@@ -1,7 +1,7 @@
 """Pairs -> batches of packed rows for the transformer, planned over steps and ranks, and made ahead.
 
     Batch    rows of tokens for the transformer; the response tokens, flat, for everything after it
-    plan     a step's pairs -> every rank's micro-batches, so that none computes padding or waits for another
+    plan     a step's pairs -> every rank's micro-batches, few, so that none computes padding or waits
 
 A row holds documents, one after the other. Two layouts give the same values up to rounding: "separate" makes
 two documents of a pair, [prompt | chosen] and [prompt | rejected]; "shared" makes one, [prompt | chosen |
@@ -54,7 +54,9 @@ def lay_out(lengths, row_tokens=None, row_multiple=1) -> tuple[list[int], int, i
     row_multiple: L is a multiple of it.
     """
     order, most = sorted(range(len(lengths)), key=lambda d: -lengths[d]), max(row_tokens or 0, *lengths)
-    n = len(lengths) if row_tokens is None else math.ceil(sum(lengths) / most)
+    # No fewer rows than hold all tokens, or than there are documents of which no two fit into one.
+    fewest = max(math.ceil(sum(lengths) / most), sum(2 * length > most for length in lengths))
+    n = len(lengths) if row_tokens is None else fewest
     while True:
         rows, heap = list[list[int]]([] for _ in range(n)), [(0, r) for r in range(n)]
         for d in order:
@@ -139,30 +141,35 @@ def fits(lengths, max_tokens, row_tokens=None, row_multiple=1, **_) -> bool:
     return padded_tokens(lengths, row_tokens, row_multiple) <= max_tokens
 
 
+def longest_first(indices, documents) -> list[int]:
+    """Pairs by their tokens, the most first; equal ones by their places in the data set."""
+    return sorted(map(int, indices), key=lambda i: (-sum(documents[i]), i))
+
+
 def plan(indices, documents, ranks: int, *, max_tokens=0, **rows) -> list[list[int]]:
-    """Cut one step's pairs into micro-batches of like lengths; micro-batch j goes to rank j % ranks.
+    """Cut one step's pairs into few micro-batches; micro-batch j goes to rank j % ranks.
 
     The longest pair first, each to the rank with the fewest tokens so far: the ranks' sums are as equal as
-    the shortest pairs make them, and so are the micro-batches of a micro-step, for which FSDP's ranks wait.
-    Where it does not fit into that rank's micro-batch, every rank begins another: their number is a multiple
-    of `ranks`, and some may be empty.
+    the shortest pairs make them. There it goes into the first micro-batch with room for it: long pairs stay
+    together, short ones fill what is left. Every rank gets as many micro-batches, of which some may be empty.
 
     Args:
         documents: of each pair of the data set the lengths of its documents, as Pairs.documents gives them.
         max_tokens: of a micro-batch, padding counted; 0 for no limit. A pair of more tokens goes alone.
         rows: as `collate` takes them.
     """
-    tokens = {int(i): sum(documents[int(i)]) for i in indices}
-    heap, micro_steps = [(0, r) for r in range(ranks)], list[list[list[int]]]()
-    for i in sorted(tokens, key=lambda i: (-tokens[i], i)):
+    heap, cut = [(0, r) for r in range(ranks)], list[list[list[int]]]([] for _ in range(ranks))
+    for i in longest_first(indices, documents):
         total, r = heap[0]
-        heapq.heapreplace(heap, (total + tokens[i], r))
-        group = [*micro_steps[-1][r], i] if micro_steps else [i]
-        together = fits([n for j in group for n in documents[j]], max_tokens, **rows)
-        if not micro_steps or (len(group) > 1 and not together):
-            micro_steps.append([[] for _ in range(ranks)])
-        micro_steps[-1][r].append(i)
-    return [group for micro_step in micro_steps for group in micro_step]
+        heapq.heapreplace(heap, (total + sum(documents[i]), r))
+        for group in cut[r]:
+            if fits([n for j in (*group, i) for n in documents[j]], max_tokens, **rows):
+                group.append(i)
+                break
+        else:
+            cut[r].append([i])
+    micro_steps = max(map(len, cut))
+    return [groups[j] if j < len(groups) else [] for j in range(micro_steps) for groups in cut]
 
 
 def work_of(groups, documents, ranks: int, *, waits_each=False, **rows) -> tuple[int, int]:
@@ -184,14 +191,20 @@ SCORED_TOKENS = {"cuda": 16384, "cpu": 2048}
 
 
 def plan_for_one(pairs: Pairs, indices, device, *, max_tokens=0, **rows) -> list[list[int]]:
-    """Micro-batches of evaluation and Phase 1: as for one rank, so that any number of ranks makes the same.
+    """Micro-batches of evaluation and Phase 1, of like lengths; any number of ranks makes the same.
 
     max_tokens, rows: as `plan` takes them; the device has a limit of its own (SCORED_TOKENS).
     """
     limit = SCORED_TOKENS.get(torch.device(device).type, 2048)
     limit = min(max_tokens or limit, limit)
-    documents = dict(zip(indices, pairs.documents(rows["layout"], indices), strict=True))  # not of all pairs
-    return plan(indices, documents, 1, max_tokens=limit, **rows)
+    # Not of all pairs: a data set is planned shard by shard.
+    documents = dict(zip(indices, pairs.documents(rows["layout"], indices), strict=True))
+    groups = list[list[int]]()
+    for i in longest_first(indices, documents):  # thousands of micro-batches: only the last one is tried
+        if not groups or not fits([n for j in (*groups[-1], i) for n in documents[j]], limit, **rows):
+            groups.append([])
+        groups[-1].append(i)
+    return groups
 
 
 def epoch_order(n: int, epoch: int, seed: int) -> torch.Tensor:

@@ -268,7 +268,7 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
             caches.append(offline.build_reference(reference, part, config.cache_dir, identity, **budget))
         cache, held_out_cache = caches
         del reference  # from here on π_ref is not in memory
-        release()
+        release(device)
         say(f"reference: {cache.folder}, {cache.size() / len(pairs) / 1e3:.1f} kB a pair")
         if config.feature_scale == "rms":
             units = cache.units(pairs.sizes[:, 1:])  # s² of each SAE, by which D_FPO is divided
@@ -290,7 +290,7 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
         table = metrics.score_pairs(policy, held_out, **options, **budget)
         if lent:
             policy.hold_reference(None)
-            release()
+            release(device)
         if config.shard == "fsdp":
             policy.reshard()
         if device.type == "cuda":  # the peak that is logged is that of training

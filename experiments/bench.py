@@ -62,40 +62,68 @@ SHAPES = {
 }
 
 
+# What each mode takes beside --json; "steps" is the one without a flag of its own.
+OF_A_STEP = {"shape", "prompt", "response", "dataset", "model", "pairs", "unpacked", "checkpointing"}
+TAKES = {
+    "steps": OF_A_STEP | {"rounds", "rank_of", "methods"},
+    "peer": OF_A_STEP | {"rounds"},
+    "count": OF_A_STEP | {"rank_of", "methods"},
+    "reference_pass": OF_A_STEP | {"rounds", "rank_of"},
+    "fill": {"dataset", "model", "ranks"},
+    "updates": set[str](),
+}
+DEFAULTS = {"methods": ["simpo", "dpo", "fpo", "tdpo1", "tdpo2"], "rounds": 5, "rank_of": 1, "ranks": 4}
+
+
 def parse_args(argv=None):
-    """Flags, completed by the shape; with its `config`, and `rows` as collate takes it."""
+    """Flags, completed by `complete`; UserError for those that the mode has no use for."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.error = refuse
     add, on = parser.add_argument, {"action": "store_true"}
     add("--shape", choices=SHAPES, help="model, SAE, lengths and optimizer (tiny)")
     add("--prompt", type=int, help="tokens of a prompt, instead of the shape's")
     add("--response", type=int, help="tokens of a response, instead of the shape's")
-    add("--methods", nargs="+", choices=losses.METHODS[1:], default=["simpo", "dpo", "fpo", "tdpo1", "tdpo2"])
-    add("--rounds", type=int, default=5, help="of all steps in turn (5)")
+    add("--methods", nargs="+", choices=losses.METHODS[1:], help="(simpo dpo fpo tdpo1 tdpo2)")
+    add("--rounds", type=int, help="of all steps in turn (5)")
     add("--checkpointing", **on, help="activation checkpointing")
-    add("--rank_of", type=int, default=1, help="one rank of N: its share of the optimizer's states (1)")
+    add("--rank_of", type=int, help="one rank of N: its share of the optimizer's states (1)")
     add("--json", help="write all figures to this file")
+    add("--dataset", help="the first pairs of these, as train.py takes them, in place of the shape's lengths")
+    add("--model", help="of --dataset: whose tokenizer, and without --shape whose config")
+    add("--pairs", type=int, help="a step, instead of the shape's")
+    add("--unpacked", **on, help="of --dataset: a pair to a row, padded to the longest")
+    add("--ranks", type=int, help="of --fill: the most ranks (4)")
+    add = parser.add_mutually_exclusive_group().add_argument
     add("--count", **on, help="FLOPs and bytes of a step, and the time that a card's limits allow")
     add("--reference_pass", **on, help="Phase 1, against a bare forward")
     add("--fill", **on, help="the share of a step that is tokens, from a data set's lengths: no model runs")
-    add("--dataset", help="the first pairs of these, as train.py takes them, in place of the shape's lengths")
-    add(
-        "--model",
-        help="of --dataset: whose tokenizer, and without --shape whose config",
-    )
-    add("--pairs", type=int, help="a step, instead of the shape's")
-    add("--unpacked", **on, help="of --dataset: a pair to a row, padded to the longest")
-    add("--ranks", type=int, default=4, help="of --fill: the most ranks (4)")
     add("--updates", **on, help="updates that bf16 weights lose at lr 5e-7")
     add("--peer", choices=("trl",), help="DPO here and in TRL's DPOTrainer (pip install trl==1.16.0)")
     args = parser.parse_args(argv)
-    for name, value in vars(args).items():
+    given = {name: v for name, v in vars(args).items() if v is not None and v is not False}
+    for name, value in given.items():
         if type(value) is int and value < 1:
             refuse(f"--{name} {value}: must be at least 1")
+    mode = next((name for name in TAKES if name in given), "steps")
+    if odd := given.keys() - TAKES[mode] - {mode, "json"}:
+        takes = ", ".join(f"--{name}" for name in sorted(TAKES[mode] | {"json"}))
+        what = "steps take" if mode == "steps" else f"--{mode} takes"
+        refuse(f"--{min(odd)}: {what} only {takes}")
+    return complete(args)
+
+
+def complete(args):
+    """What follows from the flags: a shape's numbers, its `config`, and `rows` as collate takes it."""
     if bool(args.dataset) != bool(args.model) or (args.fill and not args.dataset):
         refuse("--dataset, --model: both are needed, by --fill too")
+    if args.dataset and (args.prompt or args.response):
+        refuse("--prompt, --response: the pairs of --dataset have lengths of their own")
+    if args.unpacked and not args.dataset:
+        refuse("--unpacked: of the pairs of --dataset")
     if args.json:
         runtime.check_output("json", args.json, folder=False)
+    for name, value in DEFAULTS.items():
+        setattr(args, name, getattr(args, name) or value)
     own = args.dataset and not args.shape and not args.fill
     args.shape = args.shape or "tiny"
     changes, args.sae_width, (pairs, prompt, response), args.rule = SHAPES[args.shape]
@@ -110,9 +138,7 @@ def parse_args(argv=None):
     args.title = f"{args.shape}: {args.pairs} × ({args.prompt} + 2 × {args.response}) tokens, {layout} rows"
     if args.dataset:
         args.rows |= {"row_tokens": None} if args.unpacked else {}
-        args.title = (
-            f"{args.model if own else args.shape}: {args.pairs} pairs of {args.dataset}, {layout} rows"
-        )
+        args.title = f"{args.model if own else args.shape}: {args.pairs} pairs of {args.dataset}"
     return args
 
 
@@ -429,6 +455,10 @@ def updates():
 def main(argv=None):
     """Run what the flags ask for."""
     args = parse_args(argv)
+    if args.dataset and not args.fill:  # whose lengths decide how train.py would lay them out
+        device = torch.device("cuda" if CUDA or args.count else "cpu")
+        layout = loading.choose_layout(Config, make_pairs(args, args.pairs), device)["layout"]
+        args.rows["layout"], args.title = layout, f"{args.title}, {layout} rows"
     section = reference_pass if args.reference_pass else count_table if args.count else methods_table
     figures = updates() if args.updates else fill_table(args) if args.fill else {args.shape: section(args)}
     if args.json:

@@ -1,15 +1,21 @@
 """What a step needs of a card that is not there: memory at its peak, FLOPs by part, bytes moved, least time.
 
-    python -m experiments.plan             a table of GB: Gemma-2-2B and 9B, 4 ranks, 8 rows on each
+    python -m experiments.plan             tables of GB: the presets' models on 4 cards, some on one
     python -m experiments.bench --count    FLOPs and bytes of a step, and the least time for both
 
-**Memory** is counted from the config alone: what a step holds on CUDA, uncompiled. The peak is what always
-lies there, and the largest of four moments:
+**Memory** is what a step holds on CUDA, uncompiled. What lies there always is told by the config. How much a
+layer keeps for the backward, and what it, the head and the SAE take on top, is counted on fake tensors: the
+real code runs on the real batch, in packed rows and with their masks, but no tensor has data. The peak is
+what always lies there, and the largest of five moments:
 
-    head          what all layers keep for the backward, the head's float32 blocks, the head's gradient
-    last layer    what all layers keep, one layer made again with its widest operation, the head's gradient
-    first layer   one layer made again, the head's gradient; by now FSDP2 has the gradients of all layers
-    embedding     both gradients of the tied weight: the head's waits for the embedding's
+    SAE           what all layers keep for the backward, a slice of the features
+    head          what all layers keep, the head's float32 blocks, the gradient of its weight
+    last layer    what all layers keep, one layer made again and its backward
+    first layer   one layer made again and its backward; by now FSDP2 has the gradients of all layers
+    embedding     its gradient
+
+The gradient of the head's weight lies there from the second moment on where the embedding is the same weight,
+whose gradient it waits for, and under FSDP2.
 
 **Time**: the real layers, head and SAE run over fake tensors. Products and attention run at the card's peak
 for their dtype, which hides the bytes that they move, as communication is hidden; all else moves bytes at the
@@ -22,8 +28,11 @@ speed of the card's memory. Bytes are counted in three ways:
                as scale.py does on CUDA
 """
 
+import contextlib
 import itertools
+import weakref
 from types import SimpleNamespace
+from unittest.mock import patch
 from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
@@ -33,10 +42,20 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
-from transformers import AttentionInterface, AutoModelForCausalLM, Gemma2Config
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    Qwen3Config,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+import data
 import scale
-from fpo import attention_mask
+from batches import Batch, collate
+from fpo import Policy, attention_mask
+from loading import ROWS
 from losses import NEEDED
 from metrics import BF16_PEAK
 from settings import PRESETS, Config
@@ -51,9 +70,24 @@ CARDS: dict[str, dict] = {
 # What differs from Gemma2Config's defaults, which are the 2B model's.
 GEMMA_2: dict[str, dict] = {"gemma-2-2b": {}, "gemma-2-9b": {"hidden_size": 3584, "intermediate_size": 14336}}
 GEMMA_2["gemma-2-9b"] |= {"num_hidden_layers": 42, "num_attention_heads": 16, "num_key_value_heads": 8}
+# Of the other presets what the makers' config.json say, and the SAE's width, and k of a TopK SAE.
+GEMMA_3_1B = Gemma3TextConfig(vocab_size=262144, hidden_size=1152, intermediate_size=6912)
+GEMMA_3_1B.update({"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256})
+QWEN3 = {"vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128}
+QWEN3_2B = {"hidden_size": 2048, "intermediate_size": 6144, "num_attention_heads": 16}
+QWEN3_2B |= {"num_hidden_layers": 28, "tie_word_embeddings": True}
+QWEN3_8B = {"hidden_size": 4096, "intermediate_size": 12288, "num_attention_heads": 32}
+QWEN3_8B |= {"num_hidden_layers": 36, "tie_word_embeddings": False}
+MODELS = {name: (Gemma2Config(**changes), 16384, None) for name, changes in GEMMA_2.items()}
+MODELS["gemma-3-1b"] = GEMMA_3_1B, 16384, None
+MODELS["qwen3-1.7b"] = Qwen3Config(**QWEN3, **QWEN3_2B), 32768, 50
+MODELS["qwen3-8b"] = Qwen3Config(**QWEN3, **QWEN3_8B), 65536, 50
+# One card: a few that many have.
+ONE_CARD = {"RTX 4090 24 GB": 25.3, "L40S 48 GB": 47.7, "H100 80 GB": 85.0}
 RESERVE = 1.5  # GB of CUDA's context, of NCCL, and lost to gaps: an estimate
 FLAGS = {"": {}, " --shard fsdp": {"shard": "fsdp"}}
 FLAGS[" --no_activation_checkpointing"] = {"checkpointing": False}
+DTYPES = {2: torch.bfloat16, 4: torch.float32}  # by bytes of a number
 WAYS = ("eager", "compiled", "fused")
 # By these ways, bytes a bf16 parameter that clip and update move: an operation at a time as in commit d6594d8
 # did, and in one pass, as scale.py says of CUDA.
@@ -67,41 +101,44 @@ FLOPS = flop_registry | {torch.ops.aten.addmm_: lambda x, a, b, **_: 2 * a.shape
 
 # ---------------------------------------------------------------------------- memory
 def plan(
-    config, *, method, rule, tokens, ranks=4, shard="states", checkpointing=True, response_share=0.75,
-    row_tokens=1024, sae_width=16384, size=2,
+    config, batch, *, method, rule, ranks=4, shard="states", checkpointing=True, sae_width=16384, sae_k=None,
+    size=2,
 ):  # fmt: skip
     """GB that a rank needs at its peak; no weight is made.
 
     Args:
-        config: Gemma-2's; eager attention keeps its scores, flex_attention none.
+        config: a text model's.
+        batch: the step's only micro-batch.
         method, rule, shard: train.py's --method, --optimizer, and --shard states or fsdp.
-        tokens: of the step's only micro-batch, in rows of row_tokens; response_share predict responses.
+        sae_width, sae_k: m of FPO's SAE, and k of a TopK SAE; None: a JumpReLU's.
         size: bytes of a number that the layers compute with: 2 in bf16, 4 in float32.
     Returns: dict of what always lies there, "gradients, activations" at the worst moment, and "total".
     """
     P, layer = parameters_of(config)
-    d, depth, E = config.hidden_size, config.num_hidden_layers, config.vocab_size * config.hidden_size
-    N, fsdp, held = tokens * response_share, shard == "fsdp", method in NEEDED
+    depth, N, fsdp, held = config.num_hidden_layers, len(batch.target), shard == "fsdp", method in NEEDED
+    dW, root = size * config.vocab_size * config.hidden_size, P - depth * layer  # root: what is in no layer
     # Bytes of a weight between steps, and of its gradient; the parts that both are divided into.
     stored, parts = (4, ranks) if fsdp else (size, 1)
     states = {"adam": 8, "rmsprop": 4}[rule] + (0 if fsdp or size == 4 else 2)  # 2: the rest of a bf16 master
     resident = {"weights": P * stored / parts, "optimizer": P * states / ranks}
     if held:  # FSDP2 divides the reference's layers, not its embedding
-        resident["reference"] = size * (E + (P - E) / parts)
-    if method == "fpo":  # encoder, which features are active (a byte each), the states that it read
-        resident["SAE"] = 4 * sae_width * d + N * (sae_width + 4 * d)
-    if fsdp:  # the embedding stays whole; of layers one, its gradient, and the next
-        resident["in flight"] = size * (E + 3 * layer)
-    # DDP's buckets hold all gradients, always; FSDP2's come layer by layer, the embedding's last.
-    before, after = (0 if fsdp else P * stored), (P - E if fsdp else P) * stored / parts
-    kept, widest = (tokens * n for n in layer_bytes(config, row_tokens, size))
-    inputs = depth * (tokens * d * 4 if checkpointing else kept)  # of the residual stream: float32
-    again = kept + widest if checkpointing else widest
-    # Blocks of the head's backward: logits, slope, gradient, its product, TDPO's reference; and the states.
-    chunk = scale.VOCABULARY_SLICE["cuda" if config._attn_implementation == "flex_attention" else "cpu"]
-    head = N * min(chunk, config.vocab_size) * 4 * (5 if held else 4) + N * d * (4 + 2 * size)
-    # Head or last layer; first layer or embedding. Beside each lies the head's gradient.
-    worst = size * E + max(before + inputs + max(head, again), after + max(again, size * E))
+        resident["reference"] = size * (root + (P - root) / parts)
+    if fsdp:  # embedding and head stay whole; of layers one, its gradient, and the next
+        resident["in flight"] = size * (root + 3 * layer)
+    # DDP's buckets hold all gradients, always; FSDP2's come layer by layer, the root's last.
+    before, after = (0 if fsdp else P * stored), (P - root if fsdp else P) * stored / parts
+    outside, kept, backward = body_bytes(config, batch, size, checkpointing)
+    all_kept, waits = outside + depth * kept, dW * (config.tie_word_embeddings or fsdp)
+    head, features = head_bytes(config, N, size, held), 0
+    if method == "fpo":  # beside the head lie the states that the SAE reads, then their gradient
+        head += 4 * N * config.hidden_size
+        resident["SAE"], features = sae_bytes(config, batch, sae_width, sae_k)
+    # The SAE or the head; the last layer; the first one; the embedding.
+    worst = max(
+        before + all_kept + max(features, dW + head),
+        before + all_kept + waits + backward,
+        after + outside + kept + waits + max(backward, dW - kept),
+    )
     items = {**resident, "gradients, activations": worst, "total": sum(resident.values()) + worst}
     return {name: n / 1e9 for name, n in items.items()}
 
@@ -113,19 +150,98 @@ def parameters_of(config) -> tuple[int, int]:
     return tuple(sum(p.numel() for p in part.parameters()) for part in (lm, lm.model.layers[0]))
 
 
-def layer_bytes(config, row_tokens, size=2):
-    """Bytes a token that a Gemma-2 layer keeps for its backward, and that its widest operation takes on top.
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the storages that operations made and that are still held: `now`, and the most there were."""
 
-    Four RMSNorms keep input and output in float32. Products keep what they read of the stream's width: in
-    bf16 five copies, in float32 two tensors. The MLP keeps four tensors of its width, attention queries,
-    keys, values, output; eager also keys and values a head, each score's tanh, two softmaxes.
+    def __init__(self):
+        super().__init__()
+        self.storages, self.now, self.peak = WeakSet(), 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if torch.is_tensor(x) and (storage := x.untyped_storage()) not in self.storages:
+                self.storages.add(storage)
+                self.add(storage.nbytes())
+                weakref.finalize(storage, self.add, -storage.nbytes())
+        return out
+
+    def add(self, n):
+        """A storage of n bytes begins; of -n, ends."""
+        self.now += n
+        self.peak = max(self.peak, self.now)
+
+
+@contextlib.contextmanager
+def like_a_card():
+    """Fake tensors that are treated as a card's; attention is one operation there, as flex_attention is."""
+    ALL_ATTENTION_FUNCTIONS["flex_attention"] = one_kernel
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), patch.object(torch.Tensor, "is_cuda", True):
+            yield
+    finally:
+        del ALL_ATTENTION_FUNCTIONS["flex_attention"]
+
+
+def fake_policy(config, dtype, saes=(), checkpointing=True):
+    """A Policy on fake tensors, each weight with its gradient; SAEs read the last layer."""
+    options = {"dtype": dtype, "attn_implementation": "flex_attention"}
+    lm = AutoModelForCausalLM.from_config(type(config)(**config.to_dict()), **options)
+    policy = Policy(lm, saes, [(config.num_hidden_layers - 1, "res")] * len(saes), fused=False)
+    if checkpointing:
+        lm.activation_checkpointing_enable({"use_reentrant": False})
+    for parameter in policy.train().parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    return policy
+
+
+def body_bytes(config, batch, size, checkpointing):
+    """Bytes that a forward keeps outside the layers, and in each; and what a layer's backward takes on top.
+
+    Two layers less one are a layer. The embedding's gradient is left out: a vocabulary of eight tokens.
     """
-    d, f = config.hidden_size, config.intermediate_size
-    q, kv = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-    eager = config._attn_implementation != "flex_attention"
-    scores, kv = (config.num_attention_heads * row_tokens, q) if eager else (0, kv)
-    copies = 2 * 5 * d if size == 2 else 4 * 2 * d
-    return 32 * d + copies + size * (4 * f + 2 * q + 2 * kv) + 8 * scores, max(3 * size * f, 8 * scores)
+    found, changes = [], {"vocab_size": 8, "pad_token_id": None, "layer_types": None}
+    for depth in (1, 2):
+        shallow = type(config)(**config.to_dict() | changes | {"num_hidden_layers": depth})
+        with like_a_card(), LiveBytes() as live:
+            policy = fake_policy(shallow, DTYPES[size], checkpointing=checkpointing)
+            before = live.now
+            states = policy._read(batch)[0]  # (N, d)
+            kept = live.now - before
+            live.peak = live.now
+            states.backward(torch.empty_like(states))
+            found.append((kept, live.peak - before - kept))
+    (one, _), (two, backward) = found
+    return 2 * one - two, two - one, backward
+
+
+def head_bytes(config, N, size, held):
+    """Bytes that the head of N tokens takes beyond the states, the weights and the weight's gradient."""
+    softcap, d = getattr(config, "final_logit_softcapping", None), config.hidden_size
+    with like_a_card(), LiveBytes() as live:
+        options = {"dtype": DTYPES[size], "requires_grad": True}
+        states, weight = (torch.empty(n, d, **options) for n in (N, config.vocab_size))
+        reference = {"ref_weight": weight.detach()} if held else {}
+        target, before = torch.empty(N, dtype=torch.int64), live.now
+        reference |= {"ref_states": torch.empty_like(states)} if held else {}
+        logps, kl, *_ = scale.token_statistics(
+            states, weight, target, softcap=softcap, fused=False, **reference
+        )
+        (logps + kl if held else logps).sum().backward()
+    return live.peak - before - weight.nbytes
+
+
+def sae_bytes(config, batch, m, k):
+    """Bytes of the encoder; and of the states that it reads, the pooled features, and all between them."""
+    N, responses, d = len(batch.target), len(batch.lengths), config.hidden_size
+    with like_a_card(), LiveBytes() as live:
+        W_enc, (b_enc, threshold) = torch.empty(d, m), torch.empty(2, m)
+        sae, encoder = SimpleNamespace(W_enc=W_enc, b_enc=b_enc, threshold=threshold, k=k), live.now
+        states = torch.empty(N, d, requires_grad=True)  # of the float32 stream
+        owner, lengths = torch.zeros(N, dtype=torch.int64), torch.ones(responses)
+        pooled = scale.pooled_features(states, sae, owner, lengths)
+        pooled.backward(torch.empty_like(pooled))
+    return encoder, live.peak - encoder
 
 
 # ---------------------------------------------------------------------------- FLOPs and bytes
@@ -280,17 +396,38 @@ def tables(args, batch, method) -> dict:
     return {"by part": parts, "at a card's limits": bounds}
 
 
+def pairs_of(n, tokens) -> Batch:
+    """A card's micro-batch of n pairs of so many tokens: a quarter prompt, two responses of equal length."""
+    parts = [[0] * (tokens // 4), *([0] * (tokens * 3 // 8) for _ in range(2))]
+    return collate(data.Pairs([parts] * n), range(n), layout="shared", **ROWS["cuda"])
+
+
+def cell(name, batch, ranks, cards, **way) -> str:
+    """GB on each rank, and the smallest of the cards that holds them and RESERVE."""
+    config, m, k = MODELS[name]
+    gb = plan(config, batch, ranks=ranks, sae_width=m, sae_k=k, **way)["total"]
+    return f"{gb:.1f} ({next((card for card, GB in cards.items() if gb + RESERVE <= GB), 'none of these')})"
+
+
 def main():
-    """Print the table, with the smallest card that holds each number and RESERVE."""
+    """Print the tables: GB on each of 4 ranks, and on one card."""
+    cards = {name: card["GB"] for name, card in CARDS.items()}
+    rules = {name: PRESETS[name].get("optimizer", Config.optimizer) for name in MODELS}
+    # Of train.py: --micro_batch_tokens 8192, its default, and 16384.
     print("| GB on each of 4 ranks | 8 × 1024 tokens | 8 × 2048 tokens |\n|---|---:|---:|")
-    for name, method, (flags, way) in itertools.product(GEMMA_2, ("fpo", "tdpo2"), FLAGS.items()):
-        config = Gemma2Config(**GEMMA_2[name], attn_implementation="flex_attention")
-        rule, cells = PRESETS[name].get("optimizer", Config.optimizer), []
-        for length in (1024, 2048):  # of train.py: --micro_batch_tokens 8192 (its default) and 16384
-            gb = plan(config, method=method, rule=rule, tokens=8 * length, **way)["total"]
-            fits = [card for card, of in CARDS.items() if gb + RESERVE <= of["GB"]]
-            cells.append(f"{gb:.1f} ({fits[0] if fits else 'none of these'})")
-        print(f"| `{name}` `{method}{flags}` | {' | '.join(cells)} |")
+    batches = [pairs_of(8, length) for length in (1024, 2048)]
+    for name, method, (flags, way) in itertools.product(MODELS, ("fpo", "tdpo2"), FLAGS.items()):
+        options = way | {"method": method, "rule": rules[name]}
+        cells = [cell(name, batch, 4, cards, **options) for batch in batches]
+        print(f"| `{name}` `{method}{flags}` | {' | '.join(cells)} |", flush=True)
+    print("\n| GB on one card | 2 × 1024 tokens | 8 × 1024 tokens |\n|---|---:|---:|")
+    batches = [pairs_of(n, 1024) for n in (2, 8)]
+    names = ("gemma-3-1b", "qwen3-1.7b", "gemma-2-2b")
+    for name, rule, checkpointing in itertools.product(names, ("adam", "rmsprop"), (True, False)):
+        options = {"method": "fpo", "rule": rule, "checkpointing": checkpointing}
+        cells = [cell(name, batch, 1, ONE_CARD, **options) for batch in batches]
+        flags = "" if checkpointing else " --no_activation_checkpointing"
+        print(f"| `{name}` `fpo --optimizer {rule}{flags}` | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -143,3 +143,35 @@ def test_fill_of_lengths_like_those_of_real_pairs(spread, monkeypatch, capsys):
 def test_wrong_flags_end_in_one_line(flag, value):
     with pytest.raises(runtime.UserError, match=f"--{flag}.* '?{value}"):
         bench.main([f"--{flag}", value])
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        ("--peer trl --methods fpo", r"--methods: --peer takes only --checkpointing, .*--unpacked$"),
+        ("--updates --shape wide", r"--shape: --updates takes only --json$"),
+        ("--fill --dataset d --model m --rounds 3", "--rounds: --fill takes only .*--ranks$"),
+        ("--count --rounds 3", "--rounds: --count takes only"),
+        ("--reference_pass --methods fpo", "--methods: --reference_pass takes only"),
+        ("--ranks 2", "--ranks: steps take only"),
+        ("--fill --count", "--count.* not allowed with .*--fill"),
+        ("--dataset d --model m --prompt 8", "--prompt, --response: the pairs"),
+        ("--unpacked", "--unpacked: of the pairs of --dataset"),
+    ],
+)
+def test_flags_that_a_mode_has_no_use_for(flags, says):
+    with pytest.raises(runtime.UserError, match=says):
+        bench.parse_args(flags.split())
+
+
+@pytest.mark.parametrize("lengths, layout", [((9, 5, 5), "shared"), ((5, 9, 9), "separate")])
+def test_pairs_of_a_data_set_lie_as_train_py_lays_them(lengths, layout, monkeypatch):
+    """On a CPU the prompt is shared where it is at least as long as a response, whatever the shape's is."""
+    pairs = data.Pairs([[[5] * n for n in lengths]] * 8)
+    monkeypatch.setattr(bench, "load_dataset", lambda args: pairs)
+    monkeypatch.setattr(bench, "methods_table", lambda args: (args.rows["layout"], args.title))
+    monkeypatch.setattr(bench.runtime, "write_json", lambda path, found: written.append(found["figures"]))
+    monkeypatch.setattr(bench, "CUDA", False)
+    written = []
+    bench.main(["--dataset", "d", "--model", "m", "--shape", "tiny", "--json", "figures.json"])
+    assert written == [{"tiny": (layout, f"tiny: 8 pairs of d, {layout} rows")}]

@@ -191,7 +191,7 @@ def test_a_file_knows_its_layer_by_its_path(tmp_path, name):
     assert load_sae(path).layer == load_sae(path, layer=7).layer == 7
     with pytest.raises(UserError, match=f"{re.escape(str(path))}: this SAE is of layer 7, not 8$"):
         load_sae(path, layer=8)
-    bare = write(tmp_path / "params.safetensors")
+    bare = write(tmp_path / "layer_3/the/files/of/player_5/params.safetensors")
     assert load_sae(bare).layer is None and load_sae(bare, layer=8).layer == 8
 
 
@@ -337,6 +337,11 @@ def test_saelens_computes_the_same(name):
     torch.testing.assert_close(sae(expected["states"]), expected["reconstruction"], atol=3e-5, rtol=1e-5)
     assert (sae.layer, sae.site, sae.k) == (7, "res", 4 if "topk" in name else None)
     assert "few" not in name or ((c != 0).sum(-1) < 4).any()  # k is above the number that are positive
+
+
+def test_k_is_of_a_topk_sae_alone(saelens):
+    change(saelens, k=3)
+    assert load_sae(saelens).k is None
 
 
 def change(folder, **fields):
