@@ -307,8 +307,7 @@ def draw_figures(assets, results: dict):
     if part := results.get("comparison"):
         drawn["kl"] = figures.draw_distance(part["rows"], "kl", "KL(ref‖policy) (nats)", METHODS[1:])
         drawn["mse"] = figures.draw_distance(part["rows"], "mse", "D_FPO (activation²)", METHODS[1:])
-        if "features" in part:  # of results before these were kept, the drawn figure is what there is
-            drawn["features"] = figures.draw_features(part["features"])
+        drawn["features"] = figures.draw_features(part["features"])
     if part := results.get("frontier"):
         drawn["frontier"] = draw_frontier(part["rows"], part["settings"])
     for name, figure in drawn.items():

@@ -242,8 +242,8 @@ def test_nothing_is_sampled_that_has_no_place(lm, tokenizer, run):
     records = [json.loads(line) for line in (run / "pairs.jsonl").read_text().splitlines()]
     # A prompt is a token a word; <bos>, <u>, <end> and <a> come with it.
     left = most - max(len(record["prompt"].split()) for record in records) - 4
-    words = f"--model run/model --samples 2 --max_new_tokens {most}".split()
-    with pytest.raises(UserError, match=rf"--max_new_tokens {most}: .* prompt: {left}$"):
+    words = f"--model run/model --samples 2 --max_new_tokens {left + 1}".split()
+    with pytest.raises(UserError, match=rf"--max_new_tokens {left + 1}: .* prompt: {left}$"):
         eval_diversity.main(eval_diversity.parse_args(words))
     short, prompt = copy.deepcopy(lm), [2, 5, 9, 30, 44, 45, 46]
     short.config.max_position_embeddings = len(prompt) + 4
