@@ -111,6 +111,21 @@ def run_plainly(model, ids, layers):
     return logits, kept
 
 
+def predicting(model, prompt, response, layers=()):
+    """Of one unpadded response (n,): logits (n, V), and states (n, d) of these layers, that predict it."""
+    logits, states = run_plainly(model, torch.cat([prompt, response])[None].long(), layers)
+    return logits[0, len(prompt) - 1 : -1], [h[0, len(prompt) - 1 : -1] for h in states]
+
+
+def greedy(lm, ids, n, stops=(1, 7)):
+    """What follows some token ids, one argmax at a time: n tokens, or up to a stop token, with it."""
+    said = []
+    while len(said) < n and not (said and said[-1] in stops):
+        with torch.no_grad():
+            said.append(lm(torch.tensor([[*ids, *said]])).logits[0, -1].argmax().item())
+    return said
+
+
 def plain(lm, reference, saes, layers, pairs):
     """{name: (2B, …)}, chosen responses first: one unpadded response at a time, with losses.py on logits.
 
@@ -139,6 +154,15 @@ def plain(lm, reference, saes, layers, pairs):
             row[f"ref_features{s}"] = losses.pool_features(sae.encode(ref_states[s]), where)
         rows.append(row)
     return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+
+
+@pytest.fixture
+def one_thread():
+    """Sums depend on the number of threads: where bits are compared, both sides have one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 # ---------------------------------------------------------------------------- caches, scripts, the toy world
