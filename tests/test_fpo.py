@@ -18,6 +18,7 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     LlamaForCausalLM,
+    Qwen2ForCausalLM,
 )
 
 import audit
@@ -157,7 +158,10 @@ def test_attention_on_the_cpu(tmp_path):
         assert load_lm(str(tmp_path / name), "cpu").config._attn_implementation == expected
 
 
-@pytest.mark.parametrize("kind", [Gemma3ForCausalLM, LlamaForCausalLM], ids=lambda kind: kind.__name__)
+SDPA = [Gemma3ForCausalLM, LlamaForCausalLM, Qwen2ForCausalLM]
+
+
+@pytest.mark.parametrize("kind", SDPA, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("rows", LAYOUTS[4:], ids=str)
 def test_sdpa_in_packed_rows(kind, rows):
     """log π and gradients are those of each response alone by the model's eager attention; Gemma-3's window
