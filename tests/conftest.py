@@ -20,7 +20,7 @@ import datasets
 import pytest
 import torch
 import torch.distributed as dist
-from transformers import AutoConfig, AutoModelForCausalLM, Gemma2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gemma2ForCausalLM
 
 import losses
 import offline
@@ -329,6 +329,15 @@ def make_folder(world, path):
         (path / f"runs/toy/{name}.jsonl").unlink()
         (path / f"runs/toy/{name}.jsonl").write_text("\n".join(lines))
     return path
+
+
+def save_toy(folder, name, dtype=torch.float32, **change):
+    """The toy model again at `name`: in another dtype, or with its config changed and random weights."""
+    lm = Gemma2ForCausalLM.from_pretrained(folder / "runs/toy/model", dtype=dtype)
+    if change:
+        lm = Gemma2ForCausalLM(type(lm.config)(**{**lm.config.to_dict(), **change}))
+    lm.save_pretrained(folder / name)
+    AutoTokenizer.from_pretrained(folder / "runs/toy/model").save_pretrained(folder / name)
 
 
 @pytest.fixture
