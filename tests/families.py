@@ -132,6 +132,9 @@ FAMILIES = {
     "skips system": byte_tokenizer(SKIPS_SYSTEM, IM, eos_token=IM[1]),
 }
 GEMMA_IT = FAMILIES["Gemma"]
+# SmolLM2's with another template, or another BOS.
+OTHER_TEMPLATE = byte_tokenizer(CHATML, bos_token=IM[0], eos_token=IM[1])
+OTHER_BOS = byte_tokenizer(SMOLLM_2, IM, eos_token=IM[1])
 END_OF = {name: tokenizer.eos_token for name, tokenizer in FAMILIES.items()} | {"Phi-3": "<|end|>"}
 END_OF |= {name: "<end_of_turn>" for name in FAMILIES if name.startswith("Gemma")}
 
