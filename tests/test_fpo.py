@@ -47,7 +47,7 @@ def lm(reference):
 
 @pytest.fixture(scope="module")
 def saes():
-    return make_sae(0), make_sae(1)
+    return make_sae(0), make_sae(1, k=20)  # JumpReLU, TopK
 
 
 def policy_of(lm, saes, reference=None):
