@@ -262,33 +262,6 @@ def test_resume_refuses_another_run(folder):
     assert "written by 3 ranks" in refused(*flags)
 
 
-def test_a_topk_sae_trains_caches_and_resumes(folder):
-    """The toy's SAE as SAELens would save a TopK one: k is a part of what is cached and resumed."""
-    (path,) = (folder / "runs/toy/sae").rglob("params.npz")
-    arrays = {name: torch.from_numpy(array).contiguous() for name, array in np.load(path).items()}
-    del arrays["threshold"]
-    cfg = {"architecture": "topk", "k": 20, "apply_b_dec_to_input": False, "normalize_activations": "none"}
-    cfg["metadata"] = {"hook_name": "blocks.3.hook_resid_post"}
-    (folder / "topk").mkdir()
-    (folder / "topk/cfg.json").write_text(json.dumps(cfg))
-    save_file(arrays, folder / "topk/sae_weights.safetensors")
-    flags = ["--sae", "topk", "--save_every", "3"]
-    run(*flags, "--out", "whole")
-    assert lines_of("whole")[-1]["mse_rejected"] > 0
-    run_until(4, *flags, "--out", "cut")
-    assert len(cache_of(folder)) == 2  # of the training pairs, of those held out: found again
-    (folder / "topk/cfg.json").write_text(json.dumps(cfg | {"k": 19}))
-    assert "--sae: other content" in refused(*flags, "--out", "cut", "--resume")
-    assert len(cache_of(folder)) == 4
-    (folder / "topk/cfg.json").write_text(json.dumps(cfg))
-    run(*flags, "--out", "cut", "--resume")
-    assert bits_of("cut") == bits_of("whole")
-
-
-def cache_of(folder):
-    return sorted((folder / "runs/toy/reference").glob("*/"))
-
-
 def test_bad_state_is_refused(folder):
     flags = ["--out", "cut", "--save_every", "3", "--resume"]
     run_until(4, *flags)
