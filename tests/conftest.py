@@ -22,7 +22,7 @@ import datasets
 import pytest
 import torch
 import torch.distributed as dist
-from transformers import AutoConfig, AutoModelForCausalLM, Gemma2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gemma2ForCausalLM
 
 import losses
 import offline
@@ -113,6 +113,21 @@ def run_plainly(model, ids, layers):
     return logits, kept
 
 
+def predicting(model, prompt, response, layers=()):
+    """Of one unpadded response (n,): logits (n, V), and states (n, d) of these layers, that predict it."""
+    logits, states = run_plainly(model, torch.cat([prompt, response])[None].long(), layers)
+    return logits[0, len(prompt) - 1 : -1], [h[0, len(prompt) - 1 : -1] for h in states]
+
+
+def greedy(lm, ids, n, stops=(1, 7)):
+    """What follows some token ids, one argmax at a time: n tokens, or up to a stop token, with it."""
+    said = []
+    while len(said) < n and not (said and said[-1] in stops):
+        with torch.no_grad():
+            said.append(lm(torch.tensor([[*ids, *said]])).logits[0, -1].argmax().item())
+    return said
+
+
 def plain(lm, reference, saes, layers, pairs):
     """{name: (2B, …)}, chosen responses first: one unpadded response at a time, with losses.py on logits.
 
@@ -141,6 +156,15 @@ def plain(lm, reference, saes, layers, pairs):
             row[f"ref_features{s}"] = losses.pool_features(sae.encode(ref_states[s]), where)
         rows.append(row)
     return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+
+
+@pytest.fixture
+def one_thread():
+    """Sums depend on the number of threads: where bits are compared, both sides have one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 # ---------------------------------------------------------------------------- caches, scripts, the toy world
@@ -314,6 +338,15 @@ def make_folder(world, path):
         (path / f"runs/toy/{name}.jsonl").unlink()
         (path / f"runs/toy/{name}.jsonl").write_text("\n".join(lines))
     return path
+
+
+def save_toy(folder, name, dtype=torch.float32, **change):
+    """The toy model again at `name`: in another dtype, or with its config changed and random weights."""
+    lm = Gemma2ForCausalLM.from_pretrained(folder / "runs/toy/model", dtype=dtype)
+    if change:
+        lm = Gemma2ForCausalLM(type(lm.config)(**{**lm.config.to_dict(), **change}))
+    lm.save_pretrained(folder / name)
+    AutoTokenizer.from_pretrained(folder / "runs/toy/model").save_pretrained(folder / name)
 
 
 @pytest.fixture

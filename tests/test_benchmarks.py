@@ -3,8 +3,7 @@
 import json
 
 import pytest
-import torch
-from conftest import make_lm
+from conftest import greedy, make_lm
 from test_eval import make_tokenizer
 
 from experiments import benchmarks
@@ -32,27 +31,23 @@ def answers(tmp_path, monkeypatch):
         if kind == "alpaca_eval":
             ending, text = ".json", json.dumps(questions)
         (tmp_path / f"q{ending}").write_text(text)
-        words = (
-            f"--kind {kind} --model lm --questions q{ending} --out ours{ending} --max_new_tokens 12 {flags}"
-        )
-        benchmarks.main(words.split())
+        words = f"--kind {kind} --model lm --questions q{ending} --out ours{ending} {flags}"
+        benchmarks.main([*words.split(), "--max_new_tokens", "12"])
         text = (tmp_path / f"ours{ending}").read_text()
         return json.loads(text) if ending == ".json" else [json.loads(line) for line in text.splitlines()]
 
     return lm, ask
 
 
-def greedy(lm, text):
+def most_likely(lm, text):
     """The most likely continuation, without the token that ends it."""
-    start = ids = TOKENIZER(f"<bos> {text} <end> <a>", add_special_tokens=False).input_ids
-    while len(ids) < len(start) + 12 and ids[-1] not in (1, 7):
-        ids = [*ids, lm(torch.tensor([ids])).logits[0, -1].argmax().item()]
-    return TOKENIZER.decode(ids[len(start) :], skip_special_tokens=True)
+    ids = TOKENIZER(f"<bos> {text} <end> <a>", add_special_tokens=False).input_ids
+    return TOKENIZER.decode(greedy(lm, ids, 12), skip_special_tokens=True)
 
 
 def test_answers_in_each_benchmarks_format(answers):
     lm, ask = answers
-    told = {x: greedy(lm, f"<u> {x}") for x in ("w10 w9", "w20 w21")}
+    told = {x: most_likely(lm, f"<u> {x}") for x in ("w10 w9", "w20 w21")}
     found = ask("alpaca_eval", ALPACA, "--temperature 0")
     assert found == [{**ALPACA[0], "output": told["w10 w9"], "generator": "ours"}]
     new, _ = ask("arena_hard", ARENA)  # greedy by itself
@@ -67,9 +62,9 @@ def test_second_turn_follows_the_models_own_first(answers):
     records = ask("mt_bench", MT, "--temperature 0")
     for question, record in zip(MT, records, strict=True):
         opening, then = (f"<u> {turn}" for turn in question["turns"])
-        first = greedy(lm, opening)
-        second = greedy(lm, f"{opening} <end> <a> {first} <end> {then}")
-        assert second != greedy(lm, then), "this test can't tell"
+        first = most_likely(lm, opening)
+        second = most_likely(lm, f"{opening} <end> <a> {first} <end> {then}")
+        assert second != most_likely(lm, then), "this test can't tell"
         assert record["choices"] == [{"index": 0, "turns": [first, second]}]
         assert record["question_id"] == question["question_id"] and record["model_id"] == "ours"
     # Without a temperature, the benchmark's own: math is greedy, writing is not.

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import D, exact_sae, lines_of, make_lm, make_pairs, make_sae, nudge, run_plainly
+from conftest import D, exact_sae, lines_of, make_lm, make_pairs, make_sae, nudge, predicting
 
 import data
 import fpo
@@ -67,9 +67,8 @@ def test_the_encoder_of_states_pools_the_states(monkeypatch):
 def plainly(lm, sae, x, y):
     """log π of y's tokens, and the features of layer 1 at their positions, by the model's own forward."""
     with torch.no_grad():
-        logits, (h,) = run_plainly(lm, torch.cat([x, y])[None], [1])
-    logps = logits[0, len(x) - 1 : -1].log_softmax(-1).gather(1, y[:, None])[:, 0]
-    return logps, sae.encode(h[0, len(x) - 1 : -1])
+        logits, (h,) = predicting(lm, x, y, [1])
+    return logits.log_softmax(-1).gather(1, y[:, None])[:, 0], sae.encode(h)
 
 
 def lend(monkeypatch, lms, sae, pairs=None):
@@ -132,18 +131,15 @@ def test_sides_are_told_by_how_a_response_opens(tmp_path, monkeypatch, folder):
     config = settings.parse_args(["--preset", "toy"])
     sides = control.style_sides(config, "shout")
     tokenizer = data.load_tokenizer(config.model)
-    said = [
-        [tokenizer.decode(side[i][1], skip_special_tokens=True) for i in range(len(side))] for side in sides
-    ]
+    said = [[tokenizer.decode(pair[1], skip_special_tokens=True) for pair in side] for side in sides]
     wanted = [[], []]
     for record in records:
         for name in ("chosen", "rejected"):
             wanted[0 if record[f"{name}_style"] == "shout" else 1].append(record[name])
     assert said == wanted and min(map(len, wanted)) > 3
-    short = control.style_sides(
-        settings.parse_args(["--preset", "toy", "--max_length", "40", "--max_prompt_length", "30"]), "shout"
-    )
-    assert max(len(side[i][1]) for side in short for i in range(len(side))) <= 39
+    flags = ["--preset", "toy", "--max_length", "40", "--max_prompt_length", "30"]
+    short = control.style_sides(settings.parse_args(flags), "shout")
+    assert max(len(pair[1]) for side in short for pair in side) <= 39
 
 
 # ---------------------------------------------------------------------------- what is refused

@@ -4,11 +4,12 @@ import copy
 import itertools
 import json
 import math
+import re
 
 import numpy as np
 import pytest
 import torch
-from conftest import V, make_lm, make_pairs, make_sae, nudge, plain
+from conftest import V, greedy, make_lm, make_pairs, make_sae, nudge, plain, predicting
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
@@ -61,28 +62,34 @@ def lm():
 
 
 # ---------------------------------------------------------------------------- pairs
+@pytest.fixture(scope="module")
+def nine(lm):
+    """A policy that holds a reference, nine pairs, and what both say of them in plain form."""
+    pairs, reference, sae = make_pairs(9, seed=4), make_lm(), make_sae()
+    policy = fpo.Policy(copy.deepcopy(lm), [sae], [(1, "res")])
+    policy.hold_reference(fpo.Policy(copy.deepcopy(reference), [sae], [(1, "res")]))
+    with torch.no_grad():
+        x = plain(lm, reference, [sae], [1], pairs)
+    x["ratio"] = x["logps"] - x["ref_logps"]
+    x["mse"] = losses.feature_mse(x["features0"], x["ref_features0"], k=12)
+    return policy, pairs, x
+
+
 def average(values):
     return pytest.approx(values.mean().item(), rel=1e-4)
 
 
-@torch.no_grad()
-def test_scores_against_plain_loops(lm, tokenizer):
-    pairs, reference, sae = make_pairs(9, seed=4), make_lm(), make_sae()
-    policy = fpo.Policy(copy.deepcopy(lm), [sae], [(1, "res")])
-    policy.hold_reference(fpo.Policy(copy.deepcopy(reference), [sae], [(1, "res")]))
-    x = plain(lm, reference, [sae], [1], pairs)
-    x["ratio"] = x["logps"] - x["ref_logps"]
-    x["mse"] = losses.feature_mse(x["features0"], x["ref_features0"], k=12)
-    settings = make_settings(features_top=5, beta=0.3, method="fpo")
-    scores = evaluate(policy, tokenizer, pairs, settings, layout="shared", max_tokens=100)
+def test_scores_against_plain_loops(nine, tokenizer):
+    """Means over pairs; the reward is the method's own, D_FPO is in the run's units."""
+    policy, pairs, x = nine
+    scores = evaluate(policy, tokenizer, pairs, make_settings(beta=0.3, method="fpo"), layout="shared")
 
-    def share(name, per_token):
+    def share(name, per_token=True):
         chosen, rejected = (x[name] / (x["lengths"] if per_token else 1)).chunk(2)
         return (chosen > rejected).sum().item() / 9
 
-    assert scores["accuracy"] == share("logps", True)
-    assert scores["accuracy_sum"] == share("logps", False)
-    assert scores["reward_accuracy_mean"] == share("ratio", True)
+    assert (scores["accuracy"], scores["accuracy_sum"]) == (share("logps"), share("logps", False))
+    assert scores["reward_accuracy"] == scores["reward_accuracy_mean"] == share("ratio")
     assert scores["reward_accuracy_sum"] == share("ratio", False)
     assert scores["nll_chosen"] == average((-x["logps"] / x["lengths"])[:9])
     for name in ("kl", "mse"):  # the absolute value is of each pair: signs differ here
@@ -95,30 +102,34 @@ def test_scores_against_plain_loops(lm, tokenizer):
     assert scores["teacher_forced_entropy"] == pytest.approx(entropy.item(), rel=1e-5)
     entropy = x["entropy_all"][9:].sum() / x["lengths_all"][9:].sum()
     assert scores["teacher_forced_entropy_all"] == pytest.approx(entropy.item(), rel=1e-5)
-    for whose, name in (("policy", "features0"), ("reference", "ref_features0")):
-        # By rank: each response sorted by itself, then the mean.
-        by_rank = x[name].sort(descending=True).values[:, :5].mean(0)
-        assert scores[f"activations_{whose}"] == pytest.approx(by_rank.tolist(), rel=1e-4)
-    # Which features moved: one response and one feature at a time.
-    after, before = x["features0"].tolist(), x["ref_features0"].tolist()  # 18 × M
-    moved = []
-    for i in range(sae.m):
-        a, b = (sum(response[i] for response in many) / 18 for many in (after, before))
-        on = sum(y[i] != 0 or z[i] != 0 for y, z in zip(after, before, strict=True))
-        moved.append((abs(a - b), {"id": i, "before": b, "after": a, "responses": on}))
-    moved.sort(key=lambda pair: -pair[0])
-    assert min(row["after"] - row["before"] for _, row in moved[: sae.m // 4]) < 0  # down, too
-    everything = metrics.moved_features(policy, pairs, sae.m, layout="separate")
-    for found, n in ((scores["features_moved"], 5), (everything, sae.m // 4)):
-        for (_, expected), row in zip(moved[:n], found[:n], strict=True):
-            assert row == {name: pytest.approx(value, rel=1e-4, abs=1e-6) for name, value in expected.items()}
-    # The reward is the method's own, D_FPO is in the run's units; without a method there is no such reward.
-    assert scores["reward_accuracy"] == share("ratio", True)
     settings = make_settings(method="simpo", units=[4.0])
-    again = evaluate(policy, tokenizer, pairs, settings, layout="separate")
-    assert again["reward_accuracy"] == share("logps", True) != share("ratio", True)
+    again = evaluate(policy, tokenizer, pairs, settings, layout="separate", max_tokens=100)
+    assert again["reward_accuracy"] == share("logps") != share("ratio")
     assert again["mse_rejected"] == pytest.approx(scores["mse_rejected"] / 4, rel=1e-4)
     assert "reward_accuracy" not in evaluate(policy, tokenizer, pairs, make_settings(), layout="shared")
+
+
+def test_features_against_plain_loops(nine, tokenizer):
+    """The largest activations by rank, and which features moved: one response and one feature at a time."""
+    policy, pairs, x = nine
+    scores = evaluate(
+        policy, tokenizer, pairs, make_settings(features_top=5), layout="shared", max_tokens=100
+    )
+    for whose, name in (("policy", "features0"), ("reference", "ref_features0")):
+        by_rank = x[name].sort(descending=True).values[:, :5].mean(0)  # of each response sorted by itself
+        assert scores[f"activations_{whose}"] == pytest.approx(by_rank.tolist(), rel=1e-4)
+    after, before = x["features0"].tolist(), x["ref_features0"].tolist()  # 18 × M
+    moved, m = [], len(after[0])
+    for i in range(m):
+        a, b = (sum(response[i] for response in many) / 18 for many in (after, before))
+        on = sum(y[i] != 0 or z[i] != 0 for y, z in zip(after, before, strict=True))
+        moved.append({"id": i, "before": b, "after": a, "responses": on})
+    moved.sort(key=lambda row: -abs(row["after"] - row["before"]))
+    assert min(row["after"] - row["before"] for row in moved[: m // 4]) < 0  # down, too
+    everything = metrics.moved_features(policy, pairs, m, layout="separate")
+    for found, n in ((scores["features_moved"], 5), (everything, m // 4)):
+        for expected, row in zip(moved[:n], found[:n], strict=True):
+            assert row == {name: pytest.approx(value, rel=1e-4, abs=1e-6) for name, value in expected.items()}
 
 
 A, B = range(10, 14), range(20, 22)
@@ -230,10 +241,7 @@ def test_temperature_zero_is_greedy(lm, tokenizer):
     prompts = [[2, 5, 9, 30, 44, 45, 46], [2, 40, 41]]
     out = sample_responses(lm, tokenizer, prompts, samples=2, temperature=0, max_new_tokens=10)
     for prompt, responses in zip(prompts, out, strict=True):
-        ids = list(prompt)
-        while len(ids) < len(prompt) + 10 and ids[-1] not in (1, 7):
-            ids.append(lm(torch.tensor([ids])).logits[0, -1].argmax().item())
-        assert responses == [ids[len(prompt) :]] * 2
+        assert responses == [greedy(lm, prompt, 10)] * 2
 
 
 def test_nothing_is_sampled_that_has_no_place(lm, tokenizer, run):
@@ -259,8 +267,8 @@ def test_entropies_are_of_the_whole_distribution(lm, tokenizer):
     drawn = sample_responses(lm, tokenizer, prompts, samples=3, max_new_tokens=20, top_p=0.5)
     totals = eval_diversity.response_statistics(lm, prompts, drawn, layout="separate", max_tokens=90)
     for i, s in itertools.product(range(4), range(3)):
-        prompt, y = prompts[i], drawn[i][s]
-        log_p = lm(torch.tensor([[*prompt, *y]])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        y = drawn[i][s]
+        log_p = predicting(lm, torch.tensor(prompts[i]), torch.tensor(y))[0].log_softmax(-1)
         h, logp = -(log_p.exp() * log_p).sum().item(), log_p[range(len(y)), y].sum().item()
         assert totals[i, s].tolist() == pytest.approx([h, logp, len(y)], rel=1e-4)
 
@@ -316,35 +324,34 @@ def test_a_model_is_scored_as_it_was_trained(run):
     settings = eval_diversity.parse_args([*words, "--train_pairs", "third.jsonl"])
     found = [getattr(settings.config, name) for name in names]
     assert settings.method == "dpo" and found == ["other.jsonl", "third.jsonl", "sae.npz", [1], 8, 99, 50]
-    settings = eval_diversity.parse_args(
-        ["--preset", "gemma-2-2b", "--model", "run/model", "--sae_layer", "1"]
-    )
+    words = ["--preset", "gemma-2-2b", "--model", "run/model", "--sae_layer", "1"]
+    settings = eval_diversity.parse_args(words)
     assert settings.config.max_length == 2048 and "ultrafeedback" in settings.config.eval_dataset
     assert settings.method == "fpo" and settings.units == [9.0]
     settings = eval_diversity.parse_args(["--model", "reference", "--dataset", "pairs.jsonl"])
     assert settings.method is None and settings.units == [] and settings.config.sae is None
 
 
-@pytest.mark.parametrize(
-    "flags, what",
-    [
-        (["--top_p", "0"], "--top_p 0.0"),
-        (["--samples", "-1"], "--samples -1"),
-        (["--prompts", "0"], "--prompts 0"),
-        (["--beta", "nan"], "--beta nan"),
-        (["--reference", ""], "--reference ''"),
-        (["--lr", "1e-3"], "--lr"),
-        (["--k", "0"], "--k 0"),
-        (["--method", "ppo"], "ppo"),
-        (["--preset", "other"], "--preset other"),
-        (["--model", "reference"], "--dataset"),
-        (["--model", "run/model", "--sae_layer", "2"], "--sae_layer"),
-        (["--json", "."], "--json"),
-    ],
-)
-def test_wrong_flags_name_themselves(run, flags, what):
-    with pytest.raises(UserError, match=what.replace(".", r"\.")):
-        eval_diversity.parse_args(flags)
+WRONG = {
+    "--top_p 0": "--top_p 0.0",
+    "--samples -1": "--samples -1",
+    "--prompts 0": "--prompts 0",
+    "--beta nan": "--beta nan",
+    "--reference=": "--reference ''",
+    "--lr 1e-3": "--lr",
+    "--k 0": "--k 0",
+    "--method ppo": "ppo",
+    "--preset other": "--preset other",
+    "--model reference": "--dataset",
+    "--model run/model --sae_layer 2": "--sae_layer",
+    "--json .": "--json",
+}
+
+
+@pytest.mark.parametrize("flags", WRONG)
+def test_wrong_flags_name_themselves(run, flags):
+    with pytest.raises(UserError, match=re.escape(WRONG[flags])):
+        eval_diversity.parse_args(flags.split())
 
 
 def test_script_on_two_ranks(run, fork, capsys):
@@ -363,10 +370,8 @@ def test_script_on_two_ranks(run, fork, capsys):
     assert [f["id"] for f in moved] == [f["id"] for f in moved_two] and len(moved) == 4
     for f, g in zip(moved, moved_two, strict=True):
         assert f == pytest.approx(g, rel=1e-4, abs=1e-6)
-        line = (
-            f"feature {f['id']}: {f['before']:.4g} before, {f['after']:.4g} after, on {f['responses']} resp"
-        )
-        assert line in printed
+        before_after = f"{f['before']:.4g} before, {f['after']:.4g} after"
+        assert f"feature {f['id']}: {before_after}, on {f['responses']} resp" in printed
     assert one.keys() == two.keys() and len(one["activations_reference"]) == 4 and len(ends) > 15
     assert {"entropy", "teacher_forced_entropy_all", "reward_accuracy", "self_bleu"} <= one.keys()
     for name in one:

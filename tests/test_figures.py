@@ -98,14 +98,14 @@ def test_long_runs_are_smoothed_by_hand():
     values = [0.0] * 50 + [1.0] * 50
     found = figures.smooth(values)
     assert found[47:53] == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1]) and len(found) == 100
-    assert (
-        figures.smooth([3.0, 1.0, 5.0]) == [3.0, 1.0, 5.0] and figures.smooth([1.0] + [0.0] * 99)[0] == 1 / 3
-    )
+    assert figures.smooth([3.0, 1.0, 5.0]) == [3.0, 1.0, 5.0]
+    assert figures.smooth([1.0] + [0.0] * 99)[0] == 1 / 3
 
 
-@pytest.mark.parametrize(
-    "text, says", [(None, "no metrics.jsonl"), ("no\n", "no metrics.jsonl"), ("", "no line")]
-)
+NO_RUNS = [(None, "no metrics.jsonl"), ("no\n", "no metrics.jsonl"), ("", "no line")]
+
+
+@pytest.mark.parametrize("text, says", NO_RUNS)
 def test_a_folder_that_is_no_run_is_named(tmp_path, text, says):
     if text is not None:
         (tmp_path / "metrics.jsonl").write_text(text)

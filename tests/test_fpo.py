@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import V, build, identity_of, make_lm, make_pairs, make_sae, nudge, plain, run_plainly
+from conftest import V, build, identity_of, make_lm, make_pairs, make_sae, nudge, plain, predicting
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
@@ -47,7 +47,7 @@ def lm(reference):
 
 @pytest.fixture(scope="module")
 def saes():
-    return make_sae(0), make_sae(1)
+    return make_sae(0), make_sae(1, k=20)  # JumpReLU, TopK
 
 
 def policy_of(lm, saes, reference=None):
@@ -65,28 +65,6 @@ LAYOUTS = [
     {"layout": "separate", "row_tokens": 0},  # several documents to a row
     {"layout": "shared", "row_tokens": 1000, "row_multiple": 64},  # all in one
 ]
-
-
-# Llama and Qwen2: one mask for all layers, no softcap.
-MODELS = [*((Gemma2ForCausalLM, rows) for rows in LAYOUTS), (LlamaForCausalLM, LAYOUTS[2])]
-MODELS += [(Qwen2ForCausalLM, LAYOUTS[4])]
-
-
-@pytest.mark.parametrize("kind, rows", MODELS, ids=lambda x: getattr(x, "__name__", str(x)))
-def test_forward_is_the_written_maths(kind, rows, saes):
-    pairs, reference = make_pairs(6), make_lm(kind=kind)
-    lm = nudge(reference)
-    with torch.no_grad():
-        expected = plain(lm, reference, saes, LAYERS, pairs)
-        got, ref = policy_of(lm, saes, reference)(collate(pairs, range(6), **rows), entropy=True)
-    assert expected["kl"].min() > 0.01, "the policy must differ from the reference"
-    for s in range(2):
-        assert (expected[f"features{s}"] > 0).sum() > 100
-        torch.testing.assert_close(got.features[s], expected[f"features{s}"], atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(ref.features[s], expected[f"ref_features{s}"], atol=1e-5, rtol=1e-5)
-    for name in ("logps", "kl", "entropy", "lengths"):
-        torch.testing.assert_close(getattr(got, name), expected[name], atol=2e-5, rtol=1e-5)
-    torch.testing.assert_close(ref.logps, expected["ref_logps"], atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("method", losses.METHODS)
@@ -111,9 +89,8 @@ def test_loss_and_gradient_are_those_of_plain_logits(lm, reference, saes, method
     there |= {"chosen_lengths": n_w, "rejected_lengths": n_l, "chosen_kl": kl_w, "rejected_kl": kl_l}
     there |= dict(zip(("chosen_mse", "rejected_mse"), mse.chunk(2), strict=True))
     loss_of = getattr(losses, f"{method}_loss")
-    expected = loss_of(
-        **{name: there[name] for name in inspect.signature(loss_of).parameters if name in there}
-    )
+    taken = inspect.signature(loss_of).parameters
+    expected = loss_of(**{name: value for name, value in there.items() if name in taken})
     expected.mean().backward()
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
     for (name, p), q in zip(policy.lm.named_parameters(), twin.parameters(), strict=True):
@@ -181,7 +158,10 @@ def test_attention_on_the_cpu(tmp_path):
         assert load_lm(str(tmp_path / name), "cpu").config._attn_implementation == expected
 
 
-@pytest.mark.parametrize("kind", [Gemma3ForCausalLM, LlamaForCausalLM], ids=lambda kind: kind.__name__)
+SDPA = [Gemma3ForCausalLM, LlamaForCausalLM, Qwen2ForCausalLM]
+
+
+@pytest.mark.parametrize("kind", SDPA, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("rows", LAYOUTS[4:], ids=str)
 def test_sdpa_in_packed_rows(kind, rows):
     """log π and gradients are those of each response alone by the model's eager attention; Gemma-3's window
@@ -299,37 +279,33 @@ def test_cache_identity(reference, saes):
 
     rows = [[part.tolist() for part in pairs[i]] for i in range(6)]
     rows[3][1][0] += 1
-    assert identity_of(policy, Pairs(rows)) != home
-    moved = policy_of(reference, saes)
-    with torch.no_grad():
-        moved.lm.model.layers[2].mlp.up_proj.weight[0, 0] += 1e-6
-    assert identity_of(moved, pairs) != home
-    sae = copy.deepcopy(saes[1])
-    sae.threshold[5] += 1e-6
-    assert identity_of(policy_of(reference, (saes[0], sae)), pairs) != home
-    topk, found = copy.deepcopy(saes[1]), [home]
+    moved, other = policy_of(reference, saes), copy.deepcopy(saes[1])
+    moved.lm.model.layers[2].mlp.up_proj.weight.data[0, 0] += 1e-6
+    other.threshold[5] += 1e-6
+    others = {"a token": identity_of(policy, Pairs(rows)), "a weight": identity_of(moved, pairs)}
+    others["a threshold"] = identity_of(policy_of(reference, (saes[0], other)), pairs)
+    topk = copy.deepcopy(saes[1])
     for topk.k in (8, 9):
-        found.append(identity_of(policy_of(reference, (saes[0], topk)), pairs))
-        assert found.count(found[-1]) == 1
+        others[f"k {topk.k}"] = identity_of(policy_of(reference, (saes[0], topk)), pairs)
     for sites in ([(1, "res"), (2, "res")], [(1, "res"), (3, "mlp")]):  # the same SAE, read elsewhere
-        assert identity_of(fpo.Policy(copy.deepcopy(reference), saes, sites), pairs) != home
-    assert identity_of(policy_of(copy.deepcopy(reference).to(torch.bfloat16), saes), pairs) != home
-    assert identity_of(policy, pairs, layout="shared") != home
+        others[f"{sites}"] = identity_of(fpo.Policy(copy.deepcopy(reference), saes, sites), pairs)
+    others["dtype"] = identity_of(policy_of(copy.deepcopy(reference).to(torch.bfloat16), saes), pairs)
+    others["layout"] = identity_of(policy, pairs, layout="shared")
     for name, value in (("final_logit_softcapping", 29.0), ("sliding_window", 8), ("rms_norm_eps", 1e-5)):
-        other = policy_of(reference, saes)
-        other.lm.config = copy.deepcopy(other.lm.config)
-        setattr(other.lm.config, name, value)
-        assert identity_of(other, pairs) != home, name
+        changed = policy_of(reference, saes)
+        changed.lm.config = copy.deepcopy(changed.lm.config)
+        setattr(changed.lm.config, name, value)
+        others[name] = identity_of(changed, pairs)
+    assert not [name for name, identity in others.items() if identity == home]
+    assert others["k 8"] != others["k 9"]
 
 
 def test_digest_tells_names_shapes_and_types_apart():
     x, y = torch.arange(4), torch.ones(4).long()
-    home, others = (
-        {"a": x, "b": y},
-        ({"a": y, "b": x}, {"a": x.view(2, 2), "b": y}, {"a": x.double(), "b": y}),
-    )
-    assert offline.digest(home) == offline.digest({"b": y, "a": x})
-    assert offline.digest(home) not in [offline.digest(other) for other in others]
+    home = offline.digest({"a": x, "b": y})
+    assert home == offline.digest({"b": y, "a": x})
+    for other in ({"a": y, "b": x}, {"a": x.view(2, 2), "b": y}, {"a": x.double(), "b": y}):
+        assert home != offline.digest(other)
     assert offline.digest({"a": y}) != offline.digest({"a": y.view(torch.float64)})  # the same bytes
 
 
@@ -378,18 +354,13 @@ def test_audit_of_conversations(lm):
 def test_audit_refuses(lm, saes, fault, monkeypatch):
     """What our forward gets wrong is named with its size; dropout shows as two runs that differ."""
     policy, says = policy_of(lm, saes), "differs from the model's own forward by"
+    statistics, masks = fpo.token_statistics, fpo.attention_mask
     if fault == "softcap":  # our softcap is read from the config, the model's own from its module
-        statistics = fpo.token_statistics
-
-        def wrong(*args, **options):
-            return statistics(*args, **{**options, "softcap": None})
-
-        monkeypatch.setattr(fpo, "token_statistics", wrong)
+        monkeypatch.setattr(fpo, "token_statistics", lambda *x, **y: statistics(*x, **{**y, "softcap": None}))
     elif fault == "window":
-        whole = fpo.attention_mask
 
         def same(*args):
-            return dict.fromkeys(whole(*args), whole(*args)["full_attention"])
+            return dict.fromkeys(masks(*args), masks(*args)["full_attention"])
 
         monkeypatch.setattr(fpo, "attention_mask", same)
     elif fault == "dropout":
@@ -397,8 +368,7 @@ def test_audit_refuses(lm, saes, fault, monkeypatch):
         norm = policy.lm.model.norm
         norm.register_forward_hook(lambda m, a, out: F.dropout(out, 0.1, training=m.training))
     else:  # a head that scales its input, as some families do
-        head = policy.lm.lm_head
-        head.register_forward_pre_hook(lambda m, args: (args[0] * 1.5,))
+        policy.lm.lm_head.register_forward_pre_hook(lambda m, args: (args[0] * 1.5,))
     with pytest.raises(UserError, match=says):
         audit.audit(policy, make_pairs(6), layout="shared")
 
@@ -461,10 +431,9 @@ def test_units_are_the_mean_squared_norm_of_the_states(reference, saes, tmp_path
     total, count = torch.zeros(2, dtype=torch.float64), 0
     for i in range(7):
         for side in (1, 2):
-            ids, n = torch.cat([pairs[i][0], pairs[i][side]]).long()[None], len(pairs[i][side])
-            for s, h in enumerate(run_plainly(reference, ids, LAYERS)[1]):
-                total[s] += h[0, -n - 1 : -1].double().square().sum()
-            count += n
+            _, states = predicting(reference, pairs[i][0], pairs[i][side], LAYERS)
+            total += torch.stack([h.double().square().sum() for h in states])
+            count += len(pairs[i][side])
     units = cache.units(pairs.sizes[:, 1:])
     assert units == pytest.approx((total / count).tolist(), rel=1e-5)
     features = [torch.rand(4, s.m) for s in saes], [torch.rand(4, s.m) for s in saes]

@@ -67,10 +67,8 @@ def test_linked_files_and_headings_exist(path):
         place = (path.parent / file).resolve() if file else path
         assert place.exists(), target
         if heading and not re.fullmatch(r"L\d+", heading):
-            titles = re.findall(r"^#+ (.*)$", place.read_text(), flags=re.M)
-            assert heading in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles], (
-                target
-            )
+            titles = re.findall(r"^#+ (.*)$", place.read_text().lower(), flags=re.M)
+            assert heading in [re.sub(r"[^\w -]", "", title).replace(" ", "-") for title in titles], target
 
 
 @pytest.mark.parametrize(
@@ -121,11 +119,9 @@ def test_main_job_and_tests_are_one_line_each():
 def test_results_say_how_they_were_made():
     """Every file of results names its command and a commit without changes on top of it."""
     found = [json.loads(path.read_text()) for path in sorted(ASSETS.glob("*.json"))]
-    parts = [
-        part
-        for whole in found
-        for part in ([whole] if {"made_by", "commit"} & set(whole) else whole.values())
-    ]
+    parts = []  # a file is one part, or has several by name
+    for whole in found:
+        parts += [whole] if {"made_by", "commit"} & set(whole) else whole.values()
     assert len(parts) >= 8
     for part in parts:
         made = part.get("made_by", part)
@@ -137,11 +133,8 @@ def cells(text):
     """{(row's label, place in its row): its numbers} of a table."""
     rows = [line.strip("|").split("|") for line in text.splitlines()[2:]]
     number = r"-?\d[\d.]*(?:e[-+]\d+)?"
-    return {
-        (row[0].strip(), i): [float(x) for x in re.findall(number, cell)]
-        for row in rows
-        for i, cell in enumerate(row[1:])
-    }
+    found = {(row[0].strip(), i): cell for row in rows for i, cell in enumerate(row[1:])}
+    return {place: [float(x) for x in re.findall(number, cell)] for place, cell in found.items()}
 
 
 @pytest.mark.parametrize("what", ["comparison", "ablation", "frontier", "control"])
@@ -174,15 +167,9 @@ def test_tables_are_those_of_the_rows(what):
 
 # ---------------------------------------------------------------------------- examples
 def test_eq_10_by_hand():
-    """The README's worked example: I_k = {0, 1, 2}, D = 2.625."""
-    from losses import feature_mse
-
-    policy, reference = (torch.tensor([v]) for v in ([0.0, 3.0, 1.0, 0.0], [2.0, 2.5, 0.0, 0.0]))
-    assert (
-        feature_mse(policy, reference, k=2).item()
-        == ((0 - 2) ** 2 + (3 - 2.5) ** 2 + (1 - 0) ** 2) / 2
-        == 2.625
-    )
+    """The README's worked example: I_k = {0, 1, 2}, D = (2² + 0.5² + 1²) / 2."""
+    policy, reference = torch.tensor([[0.0, 3.0, 1.0, 0.0]]), torch.tensor([[2.0, 2.5, 0.0, 0.0]])
+    assert importlib.import_module("losses").feature_mse(policy, reference, k=2).item() == 2.625
     for part in ("[0, 3, 1, 0]", "[2, 2.5, 0, 0]", "{0, 1, 2}", "2.625"):
         assert part in README
 
@@ -202,9 +189,8 @@ def test_any_model_in_three_commands(folder, fork):
         (folder / new).symlink_to(folder / "runs/toy" / old)
     shorter = {"train_sae": "--width 128 --steps 200 --tokens 4000", "fpo": "--steps 3 --eval_every 0"}
     shorter |= {"eval_diversity.py": "--samples 1 --prompts 3 --bootstrap 0"}
-    commands = [
-        line for kind, text in BLOCKS if kind == "bash" for line in text.splitlines() if "MODEL" in line
-    ]
+    lines = [line for kind, text in BLOCKS if kind == "bash" for line in text.splitlines()]
+    commands = [line for line in lines if "MODEL" in line]
     assert len(commands) == len(shorter)
     for command, (what, flags) in zip(commands, shorter.items(), strict=True):
         assert what in command

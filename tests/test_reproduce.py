@@ -29,9 +29,8 @@ def test_table_of_means_deviations_shares_and_the_papers_values():
     lines = [reproduce.LINES[name] for name in ("fpo", "dpo", "sft")]
     columns = ("accuracy", "paper_accuracy", "entropy", "share_polite", "mse_chosen", "paper_seconds")
     head, _, ours, dpo, sft = reproduce.table(rows, lines, columns).splitlines()
-    assert head == (
-        "|  | accuracy (%) | paper accuracy (%) | entropy | share polite (%) | mse chosen | paper seconds |"
-    )
+    names = "accuracy (%) | paper accuracy (%) | entropy | share polite (%) | mse chosen | paper seconds"
+    assert head == f"|  | {names} |"
     # n − 1: 100 · 0.01 · √2, and √((9 + 1 + 16) / 2)
     assert ours == "| FPO | 81 ± 1.4 | 64.1 | 5 ± 3.6 | 50 | – | 8290 |"
     assert dpo == "| DPO | 12.35 | 59.9 | – | – | 2e-06 | 8609 |"
@@ -67,9 +66,8 @@ def test_a_row_keeps_what_tables_and_figures_show(tmp_path, capsys):
     short = {**curve, "accuracy": [0.5, 0.666667]}
     kept = {"name": "dpo", "seed": 2, "floor": 0.0, "scores": {"accuracy": 0.666667}, "curve": short}
     assert results["frontier"]["rows"] == [kept] and results["ablation"] == [1]
-    assert (
-        tmp_path / "frontier.md"
-    ).read_text() == "**Table**\n\n| x |\n" and "| x |" in capsys.readouterr().out
+    assert (tmp_path / "frontier.md").read_text() == "**Table**\n\n| x |\n"
+    assert "| x |" in capsys.readouterr().out
     # The figures can be drawn again from that file alone.
     first = (tmp_path / "frontier.svg").read_bytes()
     (tmp_path / "frontier.svg").unlink()
@@ -116,10 +114,8 @@ def test_a_flag_goes_to_every_child_that_knows_it(tmp_path):
 
 def test_the_held_out_pairs_have_another_name_in_eval_diversity(tmp_path):
     children = words_of(parse(tmp_path, f"comparison {OWN}"), "dpo")
-    assert (value_of(children["train"], "--dataset"), value_of(children["score"], "--dataset")) == (
-        "F.jsonl",
-        "G.jsonl",
-    )
+    assert value_of(children["train"], "--dataset") == "F.jsonl"
+    assert value_of(children["score"], "--dataset") == "G.jsonl"
     assert value_of(children["score"], "--train_pairs") == "F.jsonl"
     assert value_of(children["measure"], "--eval_dataset") == "G.jsonl"
     assert words_of(parse(tmp_path, "comparison"), "dpo")["score"].count("--train_pairs") == 1  # the preset's
@@ -296,7 +292,6 @@ def test_the_frontier_is_drawn_as_envelopes():
     for ax, unit in zip(figure.axes, (1, 10), strict=True):
         assert [line.get_label() for line in ax.lines] == ["DPO", "FPO"] and not ax.collections
         x, y = ax.lines[0].get_data()
-        assert (x[0] * unit, x[-1] * unit) == pytest.approx((2 / 50, 4)) and (y[0], y[-1]) == pytest.approx(
-            (0.5 + 0.3 * 2 / 50, 0.8)
-        )
+        assert [x[0] * unit, x[-1] * unit] == pytest.approx([2 / 50, 4])
+        assert [y[0], y[-1]] == pytest.approx([0.5 + 0.3 * 2 / 50, 0.8])
         assert all(after >= before for before, after in itertools.pairwise(y))

@@ -10,16 +10,15 @@
 | a new run in the folder of a longer one | its own states are resumed | test_a_run_that_begins_anew |
 | a killed run in a finished one's folder | that is whole in earlier_1 | test_a_folder_s_files_are_one_run_s |
 | a full disk: cache, metrics, state, model | the file is named; resumes to the same bits | test_full_disk |
-| a shard cut, flipped, missing, a pickle | it alone is made again | test_broken_shards |
-| a byte flips between start and use | stops, named; made again next | test_byte_flips_after_the_start |
-| two processes build one cache | the second waits, both are whole | test_two_processes_one_cache |
+| a shard cut, flipped, missing, a pickle | it alone is made again | test_cache.py |
+| a byte flips between start and use | stops, named; made again next | test_cache.py |
+| two processes build one cache | the second waits, both are whole | test_cache.py |
 | one rank sees a NaN | all stop, the step and its pairs are named | test_two_ranks_decide_alike |
 | kill -9 under --max_restarts 1 | the same bits | test_restarted_by_torchrun |
 | two torchruns, as on two machines | the same losses | test_two_agents |
 """
 
 import contextlib
-import functools
 import hashlib
 import json
 import os
@@ -30,7 +29,6 @@ import resource
 import shlex
 import shutil
 import signal
-import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,30 +37,21 @@ import filelock
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, Evil, build, finish, lines_of, make_folder, make_lm, make_pairs, make_sae, start
+from conftest import ROOT, Evil, finish, lines_of, make_folder, start
 from safetensors.torch import load_file, save_file
 from transformers import Gemma2ForCausalLM
 
-import batches
 import checkpoint
 import eval_diversity
 import fpo
 import offline
 import settings
 import train
-from runtime import UserError, lock_folder, run_script
+from runtime import UserError
 
 RUN = ["--preset", "toy", "--method", "fpo", "--steps", "6", "--warmup_steps", "2", "--eval_every", "0"]
 RUN += ["--no_eval_kl", "--batch_size", "16"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Sums depend on the number of threads: where bits are compared, both sides have one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run(*flags):
@@ -150,42 +139,32 @@ def wait_for(moment, processes, folder, rng):
         time.sleep(0.002)
 
 
-def kill_and_resume(folder, moments, seed, launch, kill_one):
-    """Kill a run at each moment and resume it; whenever it ends, it ends as an uninterrupted one.
+@pytest.mark.parametrize("moments", [MOMENTS[:3], pytest.param(MOMENTS * 4, marks=pytest.mark.kill)])
+def test_killed_at_any_moment(folder, fork, moments):
+    """Kill one of two ranks at each moment and resume: the end is that of an uninterrupted run."""
 
-    launch: starts two ranks of train.py with these flags; kill_one: kill -9 of one of these processes.
-    """
+    def launch(*flags):
+        return fork(folder, ROOT / "train.py", *RUN, *flags, ranks=2)
+
     launch("--out", "whole", "--cache_dir", "other").finish()
-    rng, flags = random.Random(seed), ["--out", "cut", "--save_every", "1", "--resume"]
-    for number, moment in enumerate(moments):
+    rng, flags = random.Random(0), ["--out", "cut", "--save_every", "1", "--resume"]
+    for moment in moments:
         if moment == "caching":  # the next start has a cache to make
             for shard in list((folder / "runs/toy/reference").rglob("shard_*"))[::2]:
                 shard.unlink()
-        processes = launch(*flags)
-        wait_for(moment, processes, folder, rng)
-        ended = not processes.running()
-        if ended:
-            processes.finish()
-        else:
-            kill_one(processes, rng)
-        print(number, moment, "ended before" if ended else "killed", len(lines_of("cut")), flush=True)
+        ranks = launch(*flags)
+        wait_for(moment, ranks, folder, rng)
+        if ranks.running():
+            rng.choice(ranks.processes).kill()
+            while ranks.running():  # the other is ended, as torchrun does it
+                time.sleep(0.005)
+        else:  # it has ended before
+            ranks.finish()
         if (folder / "cut/scores.json").exists():  # all six steps are behind it: begin again
             assert bits_of("cut") == bits_of("whole")
             shutil.rmtree(folder / "cut")
     launch(*flags).finish()
     assert bits_of("cut") == bits_of("whole")
-
-
-def test_killed_at_any_moment(folder, fork):
-    def launch(*flags):
-        return fork(folder, ROOT / "train.py", *RUN, *flags, ranks=2)
-
-    def kill_one(processes, rng):
-        rng.choice(processes.processes).kill()
-        while processes.running():  # the other is ended, as torchrun does it
-            time.sleep(0.005)
-
-    kill_and_resume(folder, MOMENTS[:3], 0, launch, kill_one)
 
 
 STOPS = """
@@ -266,9 +245,8 @@ def test_resume_refuses_another_run(folder):
     assert "--lr was 0.0003, is 1e-05" in said and "--alpha was 0.5, is 3.0" in said
     pairs = folder / "runs/toy/train.jsonl"
     text = pairs.read_text()
-    pairs.write_text(
-        text.replace('"chosen"', '"x"').replace('"rejected"', '"chosen"').replace('"x"', '"rejected"')
-    )
+    swapped = text.replace('"chosen"', '"x"').replace('"rejected"', '"chosen"')
+    pairs.write_text(swapped.replace('"x"', '"rejected"'))
     assert "--dataset: other content" in refused(*flags)
     pairs.write_text(text)
     (path,) = (folder / "runs/toy/sae").rglob("params.npz")
@@ -286,38 +264,6 @@ def test_resume_refuses_another_run(folder):
     (path,) = (folder / "cut/state").glob("*/state.json")
     path.write_text(json.dumps({**json.loads(path.read_text()), "ranks": 3}))
     assert "written by 3 ranks" in refused(*flags)
-
-
-def test_a_topk_sae_trains_caches_and_resumes(folder):
-    """The toy's SAE as SAELens would save a TopK one: k is a part of what is cached and resumed."""
-    (path,) = (folder / "runs/toy/sae").rglob("params.npz")
-    arrays = {name: torch.from_numpy(array).contiguous() for name, array in np.load(path).items()}
-    del arrays["threshold"]
-    cfg = {"architecture": "topk", "k": 20, "apply_b_dec_to_input": False, "normalize_activations": "none"}
-    cfg["metadata"] = {"hook_name": "blocks.3.hook_resid_post"}
-    (folder / "topk").mkdir()
-    (folder / "topk/cfg.json").write_text(json.dumps(cfg))
-    save_file(arrays, folder / "topk/sae_weights.safetensors")
-    flags = ["--sae", "topk", "--save_every", "3"]
-    run(*flags, "--out", "whole")
-    last, features = (
-        lines_of("whole")[-1],
-        offline.ReferenceCache(cache_of(folder)[0]).lookup(torch.arange(8)),
-    )
-    assert last["mse_rejected"] > 0 and (features.features[0] >= 0).all()
-
-    run_until(4, *flags, "--out", "cut")
-    assert len(cache_of(folder)) == 2  # of the training pairs, of those held out: found again
-    (folder / "topk/cfg.json").write_text(json.dumps(cfg | {"k": 19}))
-    assert "--sae: other content" in refused(*flags, "--out", "cut", "--resume")
-    assert len(cache_of(folder)) == 4
-    (folder / "topk/cfg.json").write_text(json.dumps(cfg))
-    run(*flags, "--out", "cut", "--resume")
-    assert bits_of("cut") == bits_of("whole")
-
-
-def cache_of(folder):
-    return sorted((folder / "runs/toy/reference").glob("*/"))
 
 
 def test_bad_state_is_refused(folder):
@@ -367,14 +313,8 @@ def test_a_folder_s_files_are_one_run_s(folder):
 def test_killed_while_it_moves_an_earlier_run(tmp_path, monkeypatch, moves):
     """However far it came: at the next start all is in one folder, and no model is beside other settings."""
     out = tmp_path / "out"
-    for name in (
-        "earlier_1/model/a",
-        "model/a",
-        "state/step_1/a",
-        "config.json",
-        "metrics.jsonl",
-        "scores.json",
-    ):
+    names = "earlier_1/model/a model/a state/step_1/a config.json metrics.jsonl scores.json"
+    for name in names.split():
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_text(name)
     there = {name: text for name, text in files(out).items() if "earlier" not in name}
@@ -479,86 +419,6 @@ def test_full_disk(folder, monkeypatch, whole, what):
     assert not (folder / "cut/model/weights").exists()
 
 
-# ---------------------------------------------------------------------------- the cache
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """A small cache of three shards: how to build it, or find it again."""
-    monkeypatch.setattr(offline, "SHARD", 4)
-    pairs, policy = make_pairs(10), fpo.Policy(make_lm(), [make_sae()], [(1, "res")])
-    return lambda: build(policy, pairs, tmp_path / "cache")
-
-
-def content(cache):
-    statistics = cache.lookup(torch.arange(10))
-    return torch.cat([statistics.logps[:, None], statistics.features[0]], 1)
-
-
-def flip(path):
-    """Change one bit of a file."""
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
-
-
-FAULTS = {
-    "cut": lambda path: path.write_bytes(path.read_bytes()[:-7]),
-    "flipped": flip,
-    "missing": lambda path: path.unlink(),
-    "no note": lambda path: path.with_suffix(".sha256").unlink(),
-    "pickle": lambda path: path.write_bytes(pickle.dumps(Evil())),
-    "another cache's": lambda path: save_file({"logps": torch.zeros(4, 2)}, path),
-    "manifest": lambda path: (path.parent / "manifest.json").write_text('{"pairs": 3}'),
-}
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_broken_shards(cache, fault, tmp_path):
-    """The broken shard alone is made again, and holds what it held."""
-    first = cache()
-    before, shards = content(first), sorted(first.folder.glob("shard_*.safetensors"))
-    times = [path.stat().st_mtime_ns for path in shards]
-    FAULTS[fault](shards[1])
-    again = cache()
-    assert torch.equal(content(again), before) and again.folder == first.folder
-    now = [path.stat().st_mtime_ns for path in shards]
-    assert now[0] == times[0] and now[2] == times[2] and (now[1] != times[1] or fault == "manifest")
-    assert not Path("unpickled").exists()
-
-
-@pytest.mark.parametrize("loaders", [0, 1])
-def test_a_shard_that_goes_during_a_run(cache, monkeypatch, capsys, loaders):
-    """It is named in one line at its first look-up, on whatever rank, also where another process makes the
-    batches (as on a card); the next start makes it anew.
-    """
-    found = cache()
-    (found.folder / "shard_00002.tmp").write_text("of a process that died while it wrote")
-    before = content(cache())
-    assert not list(found.folder.glob("*.tmp"))
-    FAULTS["cut"](found.folder / "shard_00001.safetensors")
-    monkeypatch.setitem(batches.LOADERS, "cpu", loaders)
-    monkeypatch.setenv("RANK", "1")
-    capsys.readouterr()
-    with pytest.raises(SystemExit):
-        made = batches.stream(make_pairs(10), [[9], [5]], device="cpu", lookup=found.lookup)
-        run_script(lambda: list(made))
-    said = capsys.readouterr().err.strip()
-    assert re.fullmatch(r"error \(rank 1\): .*shard_00001\.safetensors: .*start again to make it anew", said)
-    assert torch.equal(content(cache()), before)
-
-
-def test_two_processes_one_cache(cache, capfd):
-    """The second waits for the first, says so, and finds its shards."""
-    folder, results = cache().folder, []
-    for shard in folder.glob("shard_*"):
-        shard.unlink()
-    with lock_folder(folder):
-        waiting = threading.Thread(target=lambda: results.append(content(cache())))
-        waiting.start()
-        time.sleep(0.5)
-        assert not results and "waiting" in capfd.readouterr().out
-    waiting.join(timeout=60)
-    assert torch.equal(results[0], content(cache()))
-
-
 # ---------------------------------------------------------------------------- several ranks
 def torchrun(folder, *words, ranks=2, options=()):
     return start(folder, ROOT / "train.py", *RUN, *words, ranks=ranks, options=options)
@@ -568,33 +428,6 @@ def ranks_of(process) -> list[int]:
     """Process ids of torchrun's ranks."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     return [int(pid) for pid in children.read_text().split()] if children.exists() else []
-
-
-class Torchrun:
-    """torchrun with two ranks, as kill_and_resume takes them."""
-
-    def __init__(self, folder, *flags):
-        self.process = torchrun(folder, *flags)
-
-    def running(self):
-        return self.process.poll() is None
-
-    def kill_one(self, rng):
-        """Of torchrun, whose ranks would outlive it, or of a rank."""
-        ranks, torchruns = ranks_of(self.process), self.process.pid
-        victim = rng.choice([*ranks, torchruns])
-        for pid in [victim, *(ranks if victim == torchruns else ())]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        self.process.communicate(timeout=120)
-
-    def finish(self):
-        return finish(self.process)
-
-
-@pytest.mark.kill
-def test_killed_twenty_times(folder):
-    kill_and_resume(folder, MOMENTS * 4, 1, functools.partial(Torchrun, folder), Torchrun.kill_one)
 
 
 def kill_rank(process, rank, run, after):

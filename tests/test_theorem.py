@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import exact_sae, lines_of, make_lm, make_pairs, make_sae, nudge
+from conftest import exact_sae, lines_of, make_lm, make_pairs, make_sae, nudge, predicting
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
@@ -87,8 +87,7 @@ def test_logits_are_the_models_own():
     z = theorem.logits_of(lm, h)
     for r in range(2 * n):
         prompt, *responses = pairs[r % n]
-        ids = torch.cat([prompt, responses[r // n]])[None]
-        own = lm(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
+        own, _ = predicting(lm, prompt, responses[r // n])
         torch.testing.assert_close(z[batch.owner == r].float(), own, rtol=1e-4, atol=1e-4)
 
 

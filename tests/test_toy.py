@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+from conftest import predicting
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jinja2.exceptions import TemplateError
@@ -179,9 +180,8 @@ def test_the_files_are_those_of_the_report_and_test_prompts_are_new(world):
     assert (len(train), len(test), len({pair["prompt"] for pair in test})) == (2400, 400, 160)
     assert not {pair["prompt"] for pair in test} & {pair["prompt"] for pair in train}
     rng, (prompts, _) = random.Random("0 world"), toy.split_prompts(0)
-    assert train[:50] == [toy.make_pair(rng, rng.choice(prompts)) for _ in range(50)], (
-        "the corpus is the seed's"
-    )
+    again = [toy.make_pair(rng, rng.choice(prompts)) for _ in range(50)]
+    assert train[:50] == again, "the corpus is the seed's"
 
 
 def test_states_and_figures_of_the_sae_recomputed(world):
@@ -194,13 +194,10 @@ def test_states_and_figures_of_the_sae_recomputed(world):
     rows = toy.sft_rows(tokenizer, 0)[1]
     h = toy.response_states(model, Pairs(rows), 3, "res")
     # The shortest rows come first. One at a time: from the prompt's last token to the last but one.
-    states = []
-    model.model.layers[3].register_forward_hook(lambda module, args, output: states.append(output[0]))
-    for prompt, answer, _ in sorted(rows, key=lambda row: len(row[0] + row[1]))[:12]:
-        with torch.no_grad():
-            model(input_ids=torch.tensor([prompt + answer]), use_cache=False)
-        states[-1] = states[-1][len(prompt) - 1 : -1]
-    states = torch.cat(states)
+    shortest = sorted(rows, key=lambda row: len(row[0] + row[1]))[:12]
+    with torch.no_grad():
+        alone = [predicting(model, torch.tensor(x), torch.tensor(y), [3])[1][0] for x, y, _ in shortest]
+    states = torch.cat(alone)
     assert torch.allclose(h[: len(states)], states, atol=1e-3)
     found = sae_module.sae_figures(load_sae(world / path, layer=3), h)
     assert found == {
