@@ -194,7 +194,10 @@ def test_any_model_in_three_commands(folder, fork):
     assert len(commands) == len(shorter)
     for command, (what, flags) in zip(commands, shorter.items(), strict=True):
         assert what in command
-        words = [str(ROOT / word) if word.endswith(".py") else word for word in shlex.split(command)[1:]]
+        words = [
+            str(ROOT / word) if word.endswith(".py") else word
+            for word in shlex.split(command, comments=True)[1:]
+        ]
         out = fork(folder, *words, *flags.split()).finish()
     # The scores that the last one prints are those with which FPO ended: the same pairs, SAE and units.
     scores = dict(re.findall(r"^(\w+) +(\S+)", out, flags=re.M))
