@@ -19,7 +19,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 
 @torch.no_grad()
-def audit(policy: Policy, pairs, *, k=50, **rows) -> dict:
+def audit(policy: Policy, pairs, *, k=50, **row_options) -> dict:
     """Compare this forward, as training runs it, with the model's own; every rank must call it.
 
     It takes the longest pair alone, and four others together, from the shortest on. What our masks, rows,
@@ -27,7 +27,7 @@ def audit(policy: Policy, pairs, *, k=50, **rows) -> dict:
     is needed.
 
     Args:
-        rows: layout and padding, as `collate` takes them.
+        row_options: layout and padding, as `collate` takes them.
     Returns:
         difference: Σ |log π(y|x) − that of lm(input_ids).logits| / Σ |y| of a pair, nats, the largest of all.
         floor: D_FPO that rounding makes (`noise_floor`), below which D says nothing.
@@ -41,7 +41,7 @@ def audit(policy: Policy, pairs, *, k=50, **rows) -> dict:
     quarters = by_length[torch.linspace(0, len(pairs) - 1, 5).long()].tolist()
     several = list(dict.fromkeys(quarters[:-1]))  # in one row, or in rows that they share
     # ---- against itself, then against the model's own forward
-    found = [differences(policy, pairs, group, rows) for group in (quarters[-1:], several)]
+    found = [differences(policy, pairs, group, row_options) for group in (quarters[-1:], several)]
     repeat, difference = torch.stack(found).amax(0).tolist()
     kind, limit = type(policy.lm).__name__, TOLERANCE[policy.dtype]
     if not repeat <= limit / 10:  # NaN is refused too
@@ -52,12 +52,13 @@ def audit(policy: Policy, pairs, *, k=50, **rows) -> dict:
     # ---- what of a sliding window was seen by it
     window = getattr(policy.lm.config.get_text_config(), "sliding_window", None)
     tested = window if window is not None and int(sizes.max()) > window else None
-    return {"difference": difference, "floor": noise_floor(policy, pairs, k=k, **rows), "window": tested}
+    floor = noise_floor(policy, pairs, k=k, **row_options)
+    return {"difference": difference, "floor": floor, "window": tested}
 
 
-def differences(policy: Policy, pairs, indices, rows) -> torch.Tensor:
+def differences(policy: Policy, pairs, indices, row_options) -> torch.Tensor:
     """(2,) the most nats a token by which log π of these pairs differs: run again, and by the model's own."""
-    batch = collate(pairs, indices, **rows).to(policy.lm.device)
+    batch = collate(pairs, indices, **row_options).to(policy.lm.device)
     policy.train()  # as training runs it: with checkpointing, and dropout where a model still has some
     ours, again = policy(batch)[0], policy(batch)[0]
     policy.eval()
@@ -74,7 +75,7 @@ def differences(policy: Policy, pairs, indices, rows) -> torch.Tensor:
 
 
 @torch.no_grad()
-def noise_floor(policy: Policy, pairs, *, k=50, n=8, **rows) -> float | None:
+def noise_floor(policy: Policy, pairs, *, k=50, n=8, **row_options) -> float | None:
     """D_FPO between `n` pairs and the same, rounded otherwise: what there is of it where nothing is learned.
 
     The embeddings move by about their last bit, up or down at random, so that all later roundings fall anew,
@@ -91,17 +92,17 @@ def noise_floor(policy: Policy, pairs, *, k=50, n=8, **rows) -> float | None:
         return embedded.float() * torch.where(up, 1 + step, 1 - step).to(embedded.device)
 
     indices = torch.linspace(0, len(pairs) - 1, min(n, len(pairs))).long().tolist()
-    batch = collate(pairs, indices, **rows).to(policy.lm.device)
+    batch = collate(pairs, indices, **row_options).to(policy.lm.device)
     features = policy(batch)[0].features  # per SAE (2·n, m)
     with policy.lm.get_input_embeddings().register_forward_hook(nudge):
         again = policy(batch)[0].features
     return feature_distance(again, features, k=k).mean().item()
 
 
-def freeze(policy, pairs, rows):
+def freeze(policy, pairs, row_options):
     """Freeze what gets no gradient. Activations are as in training: made again, where checkpointing is on."""
     policy.train()
-    policy(collate(pairs, [pairs.shortest], **rows).to(policy.lm.device))[0].logps.sum().backward()
+    policy(collate(pairs, [pairs.shortest], **row_options).to(policy.lm.device))[0].logps.sum().backward()
     policy.eval()
     for parameter in policy.parameters():  # DDP expects a gradient of each that wants one
         parameter.requires_grad_(parameter.grad is not None)
@@ -119,15 +120,15 @@ def out_of_memory(error, pairs, config) -> str:
     return f"{what}; less is needed by {', '.join(less)}"
 
 
-def audit_and_freeze(policy, pairs, config, rows, *, trains=True) -> dict:
+def audit_and_freeze(policy, pairs, config, row_options, *, trains=True) -> dict:
     """`audit`, printed; then freeze parameters that get no gradient (a vision tower), as DDP needs.
 
     trains: False for an evaluation, which needs no gradients.
     """
     try:
-        found = audit(policy, pairs, k=config.k, **rows)
+        found = audit(policy, pairs, k=config.k, **row_options)
         if trains and config.shard != "fsdp":
-            freeze(policy, pairs, rows)
+            freeze(policy, pairs, row_options)
     except torch.OutOfMemoryError as error:
         refuse(out_of_memory(error, pairs, config))
     except torch._dynamo.exc.TorchDynamoException as error:

@@ -146,7 +146,7 @@ def longest_first(indices, documents) -> list[int]:
     return sorted(map(int, indices), key=lambda i: (-sum(documents[i]), i))
 
 
-def plan(indices, documents, ranks: int, *, max_tokens=0, **rows) -> list[list[int]]:
+def plan(indices, documents, ranks: int, *, max_tokens=0, **row_options) -> list[list[int]]:
     """Cut one step's pairs into few micro-batches; micro-batch j goes to rank j % ranks.
 
     The longest pair first, each to the rank with the fewest tokens so far: the ranks' sums are as equal as
@@ -156,14 +156,14 @@ def plan(indices, documents, ranks: int, *, max_tokens=0, **rows) -> list[list[i
     Args:
         documents: of each pair of the data set the lengths of its documents, as Pairs.documents gives them.
         max_tokens: of a micro-batch, padding counted; 0 for no limit. A pair of more tokens goes alone.
-        rows: as `collate` takes them.
+        row_options: as `collate` takes them.
     """
     heap, cut = [(0, r) for r in range(ranks)], list[list[list[int]]]([] for _ in range(ranks))
     for i in longest_first(indices, documents):
         total, r = heap[0]
         heapq.heapreplace(heap, (total + sum(documents[i]), r))
         for group in cut[r]:
-            if fits([n for j in (*group, i) for n in documents[j]], max_tokens, **rows):
+            if fits([n for j in (*group, i) for n in documents[j]], max_tokens, **row_options):
                 group.append(i)
                 break
         else:
@@ -172,15 +172,16 @@ def plan(indices, documents, ranks: int, *, max_tokens=0, **rows) -> list[list[i
     return [groups[j] if j < len(groups) else [] for j in range(micro_steps) for groups in cut]
 
 
-def work_of(groups, documents, ranks: int, *, waits_each=False, **rows) -> tuple[int, int]:
+def work_of(groups, documents, ranks: int, *, waits_each=False, **row_options) -> tuple[int, int]:
     """A step's tokens, and those that its ranks compute or could have computed while they wait, padding too.
 
     The first over the second is the step's fill. waits_each: ranks wait for the slowest at each micro-step
-    (FSDP), not once a step. groups: as `plan` gives them; documents, rows: as it takes them.
+    (FSDP), not once a step. groups: as `plan` gives them; documents, row_options: as it takes them.
     """
     real = sum(n for group in groups for i in group for n in documents[i])
     idle = [] if all(groups) else min(documents, key=sum)  # the pair that keeps a rank busy
-    sizes = [padded_tokens([n for i in group for n in documents[i]] or idle, **rows) for group in groups]
+    lengths = [[n for i in group for n in documents[i]] or idle for group in groups]
+    sizes = [padded_tokens(one, **row_options) for one in lengths]
     micro_steps = [sizes[j : j + ranks] for j in range(0, len(sizes), ranks)]
     slowest = sum(map(max, micro_steps)) if waits_each else max(map(sum, zip(*micro_steps, strict=True)))
     return real, ranks * slowest
@@ -190,18 +191,18 @@ def work_of(groups, documents, ranks: int, *, waits_each=False, **rows) -> tuple
 SCORED_TOKENS = {"cuda": 16384, "cpu": 2048}
 
 
-def plan_for_one(pairs: Pairs, indices, device, *, max_tokens=0, **rows) -> list[list[int]]:
+def plan_for_one(pairs: Pairs, indices, device, *, max_tokens=0, **row_options) -> list[list[int]]:
     """Micro-batches of evaluation and Phase 1, of like lengths; any number of ranks makes the same.
 
-    max_tokens, rows: as `plan` takes them; the device has a limit of its own (SCORED_TOKENS).
+    max_tokens, row_options: as `plan` takes them; the device has a limit of its own (SCORED_TOKENS).
     """
     limit = SCORED_TOKENS.get(torch.device(device).type, 2048)
     limit = min(max_tokens or limit, limit)
     # Not of all pairs: a data set is planned shard by shard.
-    documents = dict(zip(indices, pairs.documents(rows["layout"], indices), strict=True))
+    documents = dict(zip(indices, pairs.documents(row_options["layout"], indices), strict=True))
     groups = list[list[int]]()
     for i in longest_first(indices, documents):  # thousands of micro-batches: only the last one is tried
-        if not groups or not fits([n for j in (*groups[-1], i) for n in documents[j]], limit, **rows):
+        if not groups or not fits([n for j in (*groups[-1], i) for n in documents[j]], limit, **row_options):
             groups.append([])
         groups[-1].append(i)
     return groups
@@ -223,12 +224,12 @@ def lockstep(groups: list[list[int]], device) -> list[list[int]]:
 LOADERS = {"cuda": 1, "cpu": 0}  # processes that make batches ahead
 
 
-def stream(pairs: Pairs, groups, *, device, lookup=None, **rows):
+def stream(pairs: Pairs, groups, *, device, lookup=None, **row_options):
     """(Batch, the reference's statistics or None) of each micro-batch, on the device, made ahead of its work.
 
     groups: lists of pair indices; an empty one becomes the shortest pair, of weight 0.
     lookup: a function of a batch's `index` that gives tensors, as a (named) tuple.
-    rows: layout and padding, as `collate` takes them.
+    row_options: layout and padding, as `collate` takes them.
     """
 
     def leave_group(_):
@@ -238,7 +239,7 @@ def stream(pairs: Pairs, groups, *, device, lookup=None, **rows):
     def load(group):
         """A micro-batch, and what is looked up for it; or the error, for the rank to raise as it is."""
         try:
-            batch = collate(pairs, group or [pairs.shortest], padding_pair=not group, **rows)
+            batch = collate(pairs, group or [pairs.shortest], padding_pair=not group, **row_options)
             return batch, None if lookup is None else lookup(batch.index)
         except UserError as error:
             return error

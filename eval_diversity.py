@@ -147,13 +147,13 @@ def run_of(model: str | None) -> dict:
 
 
 # ---------------------------------------------------------------------------- sampled responses
-def response_statistics(lm, prompts, responses, **budget_and_rows) -> torch.Tensor:
+def response_statistics(lm, prompts, responses, **budget_and_row_options) -> torch.Tensor:
     """(P, S, 3): Σ_t H(π(·|x, y_<t)) and log π(y|x), nats, and |y|, by one forward over what was sampled.
 
     So both are of the whole distribution at temperature 1, however the responses were drawn.
     """
     drawn = [(x, y, []) for x, many in zip(prompts, responses, strict=True) for y in many]  # none rejected
-    table = metrics.score_pairs(fpo.Policy(lm), data.Pairs(drawn), **budget_and_rows)
+    table = metrics.score_pairs(fpo.Policy(lm), data.Pairs(drawn), **budget_and_row_options)
     columns = [table[f"{name}_chosen"] for name in ("entropy", "logps", "lengths")]
     return torch.stack(columns, -1).view(len(prompts), -1, 3)
 
@@ -193,20 +193,20 @@ def sample_columns(texts, totals) -> dict:
 
 
 # ---------------------------------------------------------------------------- all scores
-def evaluate(policy, tokenizer, pairs, settings, *, samples=0, **budget_and_rows) -> dict:
+def evaluate(policy, tokenizer, pairs, settings, *, samples=0, **budget_and_row_options) -> dict:
     """Scores of a policy by the keys of this file's head, the same on every rank.
 
     Args:
         policy: fpo.Policy, holding the reference to compare with, if any.
-        budget_and_rows: max_tokens, and rows as `collate` takes them.
+        budget_and_row_options: max_tokens, and row_options as `collate` takes them.
     """
     # ---- pairs, at the responses' positions
     options = {"k": settings.config.k, "units": settings.units, "top": settings.features_top}
-    table = metrics.score_pairs(policy, pairs, **options, **budget_and_rows)
+    table = metrics.score_pairs(policy, pairs, **options, **budget_and_row_options)
     groups = [metrics.pair_columns(table, method=settings.method, beta=settings.beta)]
     # ---- at all positions, by the model alone. The authors count padding too, and so depend on the batch.
-    rows = budget_and_rows | {"layout": "separate", "all_positions": True}
-    whole = metrics.score_pairs(fpo.Policy(policy.lm), pairs, **rows)
+    row_options = budget_and_row_options | {"layout": "separate", "all_positions": True}
+    whole = metrics.score_pairs(fpo.Policy(policy.lm), pairs, **row_options)
     groups[0]["teacher_forced_entropy_all"] = whole["entropy_rejected"], whole["lengths_rejected"]
     # ---- samples, for the first distinct prompts
     if samples:
@@ -214,7 +214,7 @@ def evaluate(policy, tokenizer, pairs, settings, *, samples=0, **budget_and_rows
         names = ("top_p", "max_new_tokens", "seed", "sample_batch")
         options = {name: getattr(settings, name) for name in names}
         responses = sample_responses(policy.lm, tokenizer, prompts, samples=samples, **options)
-        totals = response_statistics(policy.lm, prompts, responses, **budget_and_rows)
+        totals = response_statistics(policy.lm, prompts, responses, **budget_and_row_options)
         texts = [tokenizer.batch_decode(many, skip_special_tokens=True) for many in responses]
         groups.append(sample_columns(texts, totals))
     # ---- means
@@ -223,7 +223,7 @@ def evaluate(policy, tokenizer, pairs, settings, *, samples=0, **budget_and_rows
         if f"{name}_chosen" in table:
             scores[name] = torch.cat([table[f"{name}_chosen"], table[f"{name}_rejected"]]).mean(0).tolist()
     if settings.features_top and policy.saes and policy.reference:
-        moved = metrics.moved_features(policy, pairs, settings.features_top, **budget_and_rows)
+        moved = metrics.moved_features(policy, pairs, settings.features_top, **budget_and_row_options)
         scores["features_moved"] = moved
     return scores
 
@@ -248,19 +248,20 @@ def main(settings: Settings | None = None):
     reads = config.sae is not None and (settings.reference or settings.features_top)
     saes, sites = loading.load_saes(config, device) if reads else ([], [])
     dtype = loading.torch_dtype(config, device)
-    rows = loading.choose_layout(config, pairs, device)
+    row_options = loading.choose_layout(config, pairs, device)
     policy = fpo.Policy(loading.load_lm(config.model, device, dtype=dtype), saes, sites)
-    audit_and_freeze(policy, pairs, config, rows, trains=False)  # what train.py refuses is not scored either
+    # What train.py refuses is not scored either.
+    audit_and_freeze(policy, pairs, config, row_options, trains=False)
     if settings.reference:
         reference = fpo.Policy(loading.load_lm(settings.reference, device, dtype=dtype), saes, sites)
-        audit_and_freeze(reference, pairs, config, rows, trains=False)
+        audit_and_freeze(reference, pairs, config, row_options, trains=False)
         policy.hold_reference(reference)
 
     # ---- scores
-    rows |= {"max_tokens": config.micro_batch_tokens, "progress": main_rank}
-    scores = evaluate(policy, tokenizer, pairs, settings, samples=settings.samples, **rows)
+    row_options |= {"max_tokens": config.micro_batch_tokens, "progress": main_rank}
+    scores = evaluate(policy, tokenizer, pairs, settings, samples=settings.samples, **row_options)
     if training is not None:
-        scores["train"] = evaluate(policy, tokenizer, training, settings, **rows)
+        scores["train"] = evaluate(policy, tokenizer, training, settings, **row_options)
     for title, part in (("", scores), ("train ", scores.get("train", {}))):
         for name in (name for name, value in part.items() if main_rank and isinstance(value, float)):
             low_high = part.get("intervals", {}).get(name, ())

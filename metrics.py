@@ -38,7 +38,7 @@ def peak_flops(device) -> float | None:
 
 @torch.no_grad()
 def score_pairs(
-    policy, pairs, *, lookup=None, k=50, units=(), top=0, max_tokens=0, progress=False, **rows
+    policy, pairs, *, lookup=None, k=50, units=(), top=0, max_tokens=0, progress=False, **row_options
 ) -> dict[str, torch.Tensor]:
     """What a policy makes of every pair, in the data set's order, the same on every rank.
 
@@ -47,7 +47,7 @@ def score_pairs(
     Args:
         lookup: ReferenceCache.lookup of these pairs, or None.
         top: also each response's so many largest pooled features (of the first SAE), in order.
-        max_tokens, rows: micro-batches, as `build_reference` takes them.
+        max_tokens, row_options: micro-batches, as `build_reference` takes them.
     Returns:
         {name: (n,) float64}, names ending in _chosen and _rejected. Always: logps, lengths, entropy (summed,
         nats). With a reference: ratio = log π/π_ref, and mse where there are SAEs. With a held one also kl.
@@ -56,11 +56,11 @@ def score_pairs(
     rank, world = ranks()
     # Phase 1's micro-batches: the log π of a policy that has not moved are the cache's, bit for bit.
     shards, device = range(-(-len(pairs) // offline.SHARD)), policy.lm.device
-    groups, _ = offline.shard_batches(pairs, shards, device, max_tokens, rows)
+    groups, _ = offline.shard_batches(pairs, shards, device, max_tokens, row_options)
     groups += [[] for _ in range(-len(groups) % world)]  # as many for each rank
     was_training, table, mine = policy.training, dict[str, torch.Tensor](), groups[rank::world]
     policy.eval()
-    batches = stream(pairs, mine, device=policy.lm.device, lookup=lookup, **rows)
+    batches = stream(pairs, mine, device=policy.lm.device, lookup=lookup, **row_options)
     shown = progress and rank == 0
     for batch, cached in tqdm(batches, "evaluating", len(mine), disable=None if shown else True, leave=False):
         policy_says, held = policy(batch, entropy=True)
@@ -91,19 +91,19 @@ def _response_values(policy, reference, k, units, top):
 
 
 @torch.no_grad()
-def moved_features(policy, pairs, top, *, max_tokens=0, progress=False, **rows) -> list[dict]:
+def moved_features(policy, pairs, top, *, max_tokens=0, progress=False, **row_options) -> list[dict]:
     """The `top` features of the first SAE whose pooled mean moved most from the held reference's; most first.
 
     Returns [{"id", "before", "after", "responses"}], the same on every rank: c̄ (Eq. 10) of the reference and
     of the policy, each a mean over all responses; and on how many responses either has the feature active.
     """
     rank, world = ranks()
-    groups = plan_for_one(pairs, range(len(pairs)), policy.lm.device, max_tokens=max_tokens, **rows)[
+    groups = plan_for_one(pairs, range(len(pairs)), policy.lm.device, max_tokens=max_tokens, **row_options)[
         rank::world
     ]
     # ---- of each feature: Σ before, Σ after, on how many responses
     sums = torch.zeros(3, policy.saes[0].m, dtype=torch.float64, device=policy.lm.device)  # (3, m)
-    batches = stream(pairs, groups, device=policy.lm.device, **rows)
+    batches = stream(pairs, groups, device=policy.lm.device, **row_options)
     shown = progress and rank == 0
     policy.eval()
     for batch, _ in tqdm(batches, "features", len(groups), disable=None if shown else True, leave=False):

@@ -72,7 +72,7 @@ def reference_identity(policy: Policy, pairs: data.Pairs, *, weights: str, arith
 
 
 # ---------------------------------------------------------------------------- Phase 1
-def build_reference(policy: Policy, pairs: data.Pairs, cache_dir, identity, *, max_tokens=0, **rows):
+def build_reference(policy: Policy, pairs: data.Pairs, cache_dir, identity, *, max_tokens=0, **row_options):
     """Phase 1 (Sec. 3): run π_ref once over the pairs and store what the losses need of it.
 
     Stored per pair: both sums of log-probabilities (β and the lengths are applied later), both pooled feature
@@ -82,7 +82,7 @@ def build_reference(policy: Policy, pairs: data.Pairs, cache_dir, identity, *, m
     Args:
         policy: a Policy whose lm is the reference.
         identity: see `reference_identity`; its digest names the cache's folder.
-        max_tokens, rows: the micro-batches, as `plan_for_one` and `collate` take them.
+        max_tokens, row_options: the micro-batches, as `plan_for_one` and `collate` take them.
     Returns:
         ReferenceCache.
     """
@@ -99,12 +99,12 @@ def build_reference(policy: Policy, pairs: data.Pairs, cache_dir, identity, *, m
         # ---- which shards are to be made, and by which rank
         shards = [folder / f"shard_{s:05d}.safetensors" for s in range(-(-len(pairs) // SHARD))]
         missing = _missing(shards, device)
-        groups, ends = shard_batches(pairs, missing[rank::world], device, max_tokens, rows)
+        groups, ends = shard_batches(pairs, missing[rank::world], device, max_tokens, row_options)
         groups = lockstep(groups, device)  # FSDP's forwards are collectives: every rank makes as many
         # ---- π_ref once over their pairs
         was_training, parts = policy.training, list[tuple]()
         policy.eval()
-        batches = stream(pairs, groups, device=device, **rows)
+        batches = stream(pairs, groups, device=device, **row_options)
         quiet = rank > 0 or not groups
         with torch.no_grad():
             for i, (batch, _) in enumerate(tqdm(batches, "reference (Phase 1)", len(groups), disable=quiet)):
@@ -133,7 +133,7 @@ def _missing(shards, device) -> list[int]:
     return broken.nonzero()[:, 0].tolist()
 
 
-def shard_batches(pairs, shards, device, max_tokens, rows):
+def shard_batches(pairs, shards, device, max_tokens, row_options):
     """Micro-batches of some shards, one shard's after the other's; and which of them ends which shard.
 
     They don't depend on the ranks, and scores are made of the same: so a policy that has not moved computes
@@ -142,7 +142,7 @@ def shard_batches(pairs, shards, device, max_tokens, rows):
     groups, ends = [], {}
     for shard in shards:
         members = range(shard * SHARD, min(len(pairs), (shard + 1) * SHARD))
-        groups += plan_for_one(pairs, members, device, max_tokens=max_tokens, **rows)
+        groups += plan_for_one(pairs, members, device, max_tokens=max_tokens, **row_options)
         ends[len(groups) - 1] = shard
     return groups, ends
 

@@ -77,7 +77,7 @@ def learning_rate(step: int, steps: int, config) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def plan_steps(config, pairs, documents, rows, world: int) -> list[list[list[int]]]:
+def plan_steps(config, pairs, documents, row_options, world: int) -> list[list[list[int]]]:
     """For every step its micro-batches, this and the other ranks'; one epoch after another."""
     per_epoch = math.ceil(len(pairs) / config.batch_size)
     steps = config.steps if config.steps is not None else config.epochs * per_epoch
@@ -87,7 +87,7 @@ def plan_steps(config, pairs, documents, rows, world: int) -> list[list[list[int
             order = epoch_order(len(pairs), step // per_epoch, config.seed)
         start = step % per_epoch * config.batch_size
         batch = order[start : start + config.batch_size]
-        planned.append(plan(batch, documents, world, max_tokens=config.micro_batch_tokens, **rows))
+        planned.append(plan(batch, documents, world, max_tokens=config.micro_batch_tokens, **row_options))
     return planned
 
 
@@ -228,8 +228,8 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
     load_config(config.model)  # where no model is, nothing else is asked
     tokenizer = data.load_tokenizer(config.model)
     pairs, held_out = (load_data(name, config, tokenizer) for name in ("dataset", "eval_dataset"))
-    rows = choose_layout(config, pairs, device)  # how a batch is laid out
-    budget = {"max_tokens": config.micro_batch_tokens, **rows}
+    row_options = choose_layout(config, pairs, device)  # how a batch is laid out
+    budget = {"max_tokens": config.micro_batch_tokens, **row_options}
     loading = config, device, encoders or saes, sites
     # π_θ; and the digest of the weights that it starts with, which are often π_ref's.
     policy, digest = load_policy(config.model, *loading)
@@ -237,9 +237,9 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
     stored = 0 if resumes or not saes else 16 * (len(pairs) + len(held_out)) * sum(sae.m for sae in saes)
     check_disk(config, policy, stored)
     save_model(policy, tokenizer, config, weights=False)  # what the end will write is tried now
-    found = audit_and_freeze(policy, pairs, config, rows)  # the audit: this forward against the model's own
-    documents = pairs.documents(rows["layout"])  # of each pair, their lengths
-    steps = plan_steps(config, pairs, documents, rows, world)  # which pairs go where, to the last step
+    found = audit_and_freeze(policy, pairs, config, row_options)  # our forward against the model's own
+    documents = pairs.documents(row_options["layout"])  # of each pair, their lengths
+    steps = plan_steps(config, pairs, documents, row_options, world)  # which pairs go where, to the last step
     reached = max(learning_rate(step, len(steps), config) for step in range(len(steps)))
     if reached < 0.999 * config.lr:
         say(
@@ -261,7 +261,7 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
         # The stored values are used only where they would be rounded alike.
         compiled = config.compile and device.type == "cuda"
         arithmetic = {"device": device.type, "compute": str(torch_dtype(config, device)), "compile": compiled}
-        arithmetic |= {"layout": rows["layout"]}
+        arithmetic |= {"layout": row_options["layout"]}
         caches = []
         for part in (pairs, held_out):
             identity = offline.reference_identity(reference, part, weights=digest, arithmetic=arithmetic)
@@ -330,12 +330,13 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
     if ddp:
         # DDP orders its buckets at its second forward. One throw-away forward and backward at every start
         # makes the order, and so the sums, of a resumed run those of an uninterrupted one.
-        model(collate(pairs, [pairs.shortest], **rows).to(device))[0].logps.sum().backward()
+        model(collate(pairs, [pairs.shortest], **row_options).to(device))[0].logps.sum().backward()
         optimizer.zero_grad()
     mine = [groups[rank::world] for groups in steps[start:]]  # per step this rank's micro-batches
     # Batches are made ahead of their work, each with what Phase 1 stored of its pairs.
     lookup = cache and cache.lookup
-    batches = stream(pairs, [g for groups in mine for g in groups], device=device, lookup=lookup, **rows)
+    flat = [group for groups in mine for group in groups]
+    batches = stream(pairs, flat, device=device, lookup=lookup, **row_options)
     settings = {name: getattr(config, name) for name in ("beta", "alpha", "gamma", "k", "stop_gradient")}
     bar = tqdm(total=len(steps), initial=start, desc=config.method, unit=" steps", disable=rank > 0)
     metrics_file = open(out / "metrics.jsonl" if rank == 0 else os.devnull, "a")  # noqa: SIM115
@@ -385,7 +386,8 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
 
         # ---- log and evaluate
         seconds = time.perf_counter() - started
-        tokens, computed = work_of(steps[step], documents, world, waits_each=config.shard == "fsdp", **rows)
+        waits = {"waits_each": config.shard == "fsdp"}
+        tokens, computed = work_of(steps[step], documents, world, **waits, **row_options)
         line |= {"pairs_per_s": n_pairs / seconds, "tokens_per_s": tokens / seconds}
         line["fill"] = tokens / computed  # 1: no padding, and no rank waits for another
         if peak:  # the share of the cards' speed in bf16 that went into real tokens

@@ -113,7 +113,7 @@ def parse_args(argv=None):
 
 
 def complete(args):
-    """What follows from the flags: a shape's numbers, its `config`, and `rows` as collate takes it."""
+    """What follows from the flags: a shape's numbers, its `config`, and `row_options` as collate takes it."""
     if bool(args.dataset) != bool(args.model) or (args.fill and not args.dataset):
         refuse("--dataset, --model: both are needed, by --fill too")
     if args.dataset and (args.prompt or args.response):
@@ -134,10 +134,10 @@ def complete(args):
     args.attention = "flex_attention" if flex else None  # None: transformers' own choice, as in train.py
     args.config._attn_implementation = args.attention  # plan.py asks for the mask of it
     layout = "shared" if flex or args.prompt >= args.response else "separate"  # train.py's rule
-    args.rows = {"layout": layout, **loading.ROWS["cuda" if flex else "cpu"]}
+    args.row_options = {"layout": layout, **loading.ROWS["cuda" if flex else "cpu"]}
     args.title = f"{args.shape}: {args.pairs} × ({args.prompt} + 2 × {args.response}) tokens, {layout} rows"
     if args.dataset:
-        args.rows |= {"row_tokens": None} if args.unpacked else {}
+        args.row_options |= {"row_tokens": None} if args.unpacked else {}
         args.title = f"{args.model if own else args.shape}: {args.pairs} pairs of {args.dataset}"
     return args
 
@@ -173,14 +173,14 @@ def load_dataset(args):
 
 def micro_batches(args, pairs):
     """The micro-batches that train.py would make of the step's pairs."""
-    documents, limit = pairs.documents(args.rows["layout"]), Config.micro_batch_tokens
-    groups = plan(range(len(pairs)), documents, 1, max_tokens=limit, **args.rows)
-    return [collate(pairs, group, **args.rows) for group in groups]
+    documents, limit = pairs.documents(args.row_options["layout"]), Config.micro_batch_tokens
+    groups = plan(range(len(pairs)), documents, 1, max_tokens=limit, **args.row_options)
+    return [collate(pairs, group, **args.row_options) for group in groups]
 
 
 def all_pairs(args):
     """The shape's pairs as one micro-batch."""
-    return collate(make_pairs(args, args.pairs), range(args.pairs), **args.rows)
+    return collate(make_pairs(args, args.pairs), range(args.pairs), **args.row_options)
 
 
 def make_policies(args, methods):
@@ -383,19 +383,19 @@ def reference_pass(args):
     n = args.pairs * (32 if CUDA else 4)
     steps, pairs = make_steps(args, policies), make_pairs(args, n)
     identity = offline.reference_identity(policies["fpo"], pairs, weights="", arithmetic={})
-    groups = plan_for_one(pairs, range(n), policies["fpo"].lm.device, **args.rows)
+    groups = plan_for_one(pairs, range(n), policies["fpo"].lm.device, **args.row_options)
 
     @torch.no_grad()
     def bare_forward():
         """Log-probabilities of all pairs."""
         for group in groups:
-            batch = collate(pairs, group, **args.rows)
+            batch = collate(pairs, group, **args.row_options)
             policies["simpo"](batch.to(policies["simpo"].lm.device))
 
     def build_and_read():
         """Phase 1 of all pairs; how long the cache then takes for a step's goes into `lookups`."""
         with tempfile.TemporaryDirectory() as folder:
-            cache = offline.build_reference(policies["fpo"], pairs, folder, identity, **args.rows)
+            cache = offline.build_reference(policies["fpo"], pairs, folder, identity, **args.row_options)
             lookups.append(seconds(partial(cache.lookup, torch.arange(args.pairs))))
 
     parts = {"step": steps["fpo"], "bare": bare_forward, "phase 1": build_and_read}
@@ -413,12 +413,12 @@ def fill_table(args):
     documents, table = pairs.documents("shared"), []
     order, n = epoch_order(len(pairs), 0, 0).tolist(), Config.batch_size
     for name, change in (("a pair to a row", {"row_tokens": None}), ("packed", {})):
-        rows, found = loading.ROWS["cuda"] | change, {"rows": name}
+        row_options, found = loading.ROWS["cuda"] | change, {"rows": name}
         for ranks in sorted({1, min(2, args.ranks), args.ranks}, reverse=True):
             works = []
             for batch in (order[start : start + n] for start in range(0, len(order), n)):
-                groups = plan(batch, documents, ranks, max_tokens=Config.micro_batch_tokens, **rows)
-                works.append(work_of(groups, documents, ranks, **rows))
+                groups = plan(batch, documents, ranks, max_tokens=Config.micro_batch_tokens, **row_options)
+                works.append(work_of(groups, documents, ranks, **row_options))
             found[f"ranks: {ranks}"] = sum(w[0] for w in works) / sum(w[1] for w in works)
         table.append(found)
     sizes = torch.tensor([sum(lengths) for lengths in documents])
@@ -458,7 +458,7 @@ def main(argv=None):
     if args.dataset and not args.fill:  # whose lengths decide how train.py would lay them out
         device = torch.device("cuda" if CUDA or args.count else "cpu")
         layout = loading.choose_layout(Config, make_pairs(args, args.pairs), device)["layout"]
-        args.rows["layout"], args.title = layout, f"{args.title}, {layout} rows"
+        args.row_options["layout"], args.title = layout, f"{args.title}, {layout} rows"
     section = reference_pass if args.reference_pass else count_table if args.count else methods_table
     figures = updates() if args.updates else fill_table(args) if args.fill else {args.shape: section(args)}
     if args.json:

@@ -129,13 +129,13 @@ def measure(config) -> dict:
     the reconstruction in the states' place; the ends of a token's log π_θ − log π_ref, nats; feature_change:
     (m,) mean |c̄_θ − c̄_ref| over all responses. Of several SAEs the first is measured.
     """
-    (policy, reference), pairs, rows = load_policies(config, (config.model, config.reference))
+    (policy, reference), pairs, row_options = load_policies(config, (config.model, config.reference))
     lm, ref_lm, sae, (layer, _) = policy.lm, reference.lm, policy.saes[0], policy.sites[0]
 
     columns: dict[str, list[torch.Tensor]] = {}
     for start in range(0, min(PAIRS, len(pairs)), PAIRS_AT_ONCE):
         indices = range(start, min(start + PAIRS_AT_ONCE, len(pairs)))
-        batch = collate(pairs, indices, **rows).to(lm.device)
+        batch = collate(pairs, indices, **row_options).to(lm.device)
         (logps, h), (ref_logps, ref_h) = read(lm, batch, layer), read(ref_lm, batch, layer)
         spliced, _ = read(lm, batch, layer, sae)
         chosen = batch.owner < len(batch.lengths) // 2  # (N,): the batch's first half of responses
@@ -161,12 +161,12 @@ def feature_statistics(config, sides) -> list[tuple[torch.Tensor, torch.Tensor]]
     The mean is over responses, of the first SAE's pooled c̄ (Eq. 10); the largest is at a single token.
     sides: data.Pairs each.
     """
-    (policy,), _, rows = load_policies(config, [config.model], sides[0])
+    (policy,), _, row_options = load_policies(config, [config.model], sides[0])
     sae, found = policy.saes[0], []
     for pairs in sides:
         total = largest = torch.zeros(sae.m, device=policy.lm.device)
         groups = [range(start, min(start + 16, len(pairs))) for start in range(0, len(pairs), 16)]
-        for batch, _ in stream(pairs, groups, device=policy.lm.device, **rows):
+        for batch, _ in stream(pairs, groups, device=policy.lm.device, **row_options):
             h = policy.read_sites(batch)[0]  # (N, d), what the SAE reads
             c = pooled_features(h, sae, batch.owner, batch.lengths)  # (2B, m); no rejected ones: 0
             total, largest = total + c.double().sum(0), torch.maximum(largest, sae.encode(h).amax(0))

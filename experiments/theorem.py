@@ -90,9 +90,9 @@ def summarise(table, owner, c_ref, c, *, k: int, ceiling: float) -> dict:
 @torch.no_grad()
 def bounds(config) -> dict:
     """The theorem on the held-out pairs of a run, of a Gemma-2 whose SAE reads its last layer."""
-    policies, pairs, rows = load_policies(config, (config.reference, f"{config.out}/model"))
+    policies, pairs, row_options = load_policies(config, (config.reference, f"{config.out}/model"))
     n, models, sae = len(pairs), [policy.lm for policy in policies], policies[0].saes[0]
-    batches = [collate(pairs, range(i, min(n, i + 8)), **rows) for i in range(0, n, 8)]
+    batches = [collate(pairs, range(i, min(n, i + 8)), **row_options) for i in range(0, n, 8)]
     batches = [batch.to(models[0].device) for batch in batches]
     # (N,) each position's response: i for pair i's chosen, n + i for its rejected.
     owner = torch.cat([torch.cat([b.index, n + b.index])[b.owner] for b in batches])

@@ -39,13 +39,13 @@ def choose_pairs(pairs, tokens):
 
 
 @torch.no_grad()
-def read_states(policy, pairs, indices, rows, max_tokens=4096):
+def read_states(policy, pairs, indices, row_options, max_tokens=4096):
     """States (n, d) that predict the response tokens of some pairs: what an SAE of the policy's site reads.
 
-    rows: layout and padding, as `loading.choose_layout` gives them.
+    row_options: layout and padding, as `loading.choose_layout` gives them.
     """
-    groups, states = plan_for_one(pairs, indices, policy.lm.device, max_tokens=max_tokens, **rows), []
-    batches = stream(pairs, groups, device=policy.lm.device, **rows)
+    groups, states = plan_for_one(pairs, indices, policy.lm.device, max_tokens=max_tokens, **row_options), []
+    batches = stream(pairs, groups, device=policy.lm.device, **row_options)
     for batch, _ in tqdm(batches, "states", len(groups)):
         states += policy.read_sites(batch)  # without the head: no logits
     return torch.cat(states)
@@ -102,8 +102,8 @@ def main(argv=None):
 
     # ---- states
     train, held_out = choose_pairs(pairs, args.tokens)
-    rows = choose_layout(SimpleNamespace(layout="auto"), pairs, device)
-    states, others = (read_states(policy, pairs, indices, rows) for indices in (train, held_out))
+    row_options = choose_layout(SimpleNamespace(layout="auto"), pairs, device)
+    states, others = (read_states(policy, pairs, indices, row_options) for indices in (train, held_out))
     del lm, policy
     print(f"{len(states):,} states of {len(train)} pairs to train on, {len(others):,} of others held out")
 

@@ -169,7 +169,7 @@ def test_pairs_of_a_data_set_lie_as_train_py_lays_them(lengths, layout, monkeypa
     """On a CPU the prompt is shared where it is at least as long as a response, whatever the shape's is."""
     pairs = data.Pairs([[[5] * n for n in lengths]] * 8)
     monkeypatch.setattr(bench, "load_dataset", lambda args: pairs)
-    monkeypatch.setattr(bench, "methods_table", lambda args: (args.rows["layout"], args.title))
+    monkeypatch.setattr(bench, "methods_table", lambda args: (args.row_options["layout"], args.title))
     monkeypatch.setattr(bench.runtime, "write_json", lambda path, found: written.append(found["figures"]))
     monkeypatch.setattr(bench, "CUDA", False)
     written = []
