@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import Gemma2Config
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -93,6 +94,7 @@ SCRIPT = re.compile(r"(?:(train|eval_diversity|toy)\.py|-m experiments\.(\w+))\s
 def test_commands_parse(command, monkeypatch, tmp_path):
     """The flags of every command are its script's, with values that it takes."""
     monkeypatch.chdir(tmp_path)
+    Gemma2Config().save_pretrained("MODEL")  # all that any parser reads of a model
     name, experiment, words = SCRIPT.search(command).groups()
     module = importlib.import_module(name or f"experiments.{experiment}")
     if hasattr(module, "parse_args"):
