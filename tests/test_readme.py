@@ -26,7 +26,7 @@ COMMANDS = [
     line.split(" #")[0].strip() for kind, text in BLOCKS if kind == "bash" for line in text.splitlines()
 ]
 for page in PAGES.values():
-    COMMANDS += re.findall(r"`((?:python|torchrun) [^`]+)`", page)
+    COMMANDS += [c.replace("\n", " ") for c in re.findall(r"`((?:python|torchrun) [^`]+)`", page)]
 LINK = re.compile(r"\[`(\w+)\.(\w+)`\]\(((?:\.\./)?(?:experiments/)?)(\w+)\.py#L(\d+)\)")
 TABLE = re.compile(r"(<!-- table: assets/(\S+?)(?: (\d+))? -->\n).*?(<!-- end -->)", re.S)
 
