@@ -9,8 +9,8 @@ three sets: `choose`, on which α and SimPO's learning rate are chosen; `train`;
 the results alone. A run is a training of 16 steps of 8 pairs, and the scores of every pair. It becomes a line
 of ASSETS/seeds.json as soon as it ends, and a later start goes on behind it.
 
-An interval is of a difference between two methods, paired over seeds and pairs: with the same seed both saw
-the same pairs in the same order, and all are scored on the same pairs. `interval` says how.
+Differences between methods are paired: with one seed all see the same pairs in the same order, and all are
+scored on the same pairs. `interval` says how far they can be trusted.
 """
 
 import argparse
@@ -122,8 +122,7 @@ def read_states(args, name: str, layer: int):
 def make_saes(args, places: dict[str, int]):
     """OUT/sae_NAME for each {name: layer}: of the training pairs' responses alone; `random` by `random_sae`.
 
-    `made.json`, which comes last, has L0 and FVU on the choosing pairs, the trained one's L0 on the training
-    pairs, and their mean ‖h‖².
+    `made.json`, which comes last, has L0 and FVU on the choosing pairs, L0 and mean ‖h‖² on the training set.
     """
     read: dict[int, list] = {}
     for name, layer in places.items():
@@ -203,8 +202,7 @@ def score(tools, model: str, method: str, name: str) -> dict:
 def do_run(args, run: dict) -> dict:
     """A training and its scores: the run's line of the record. What it writes is deleted.
 
-    run: its set, name, task (a method of train.py, no_sae of control.py, or none: the reference itself),
-    seed and flags, where OUT stands for the folder.
+    run: set, name, seed, flags (OUT is the folder), task: of train.py, control.py, or none: π_ref itself.
     """
     began, task, out = time.perf_counter(), run["task"], args.out / f"run_{os.getpid()}"
     tools = open_tools(args.model, args.out)
@@ -244,7 +242,8 @@ LINES: dict[str, tuple] = {
     "middle": ("FPO, the middle layer's SAE", "fpo", MIDDLE, "equal_distance"),
     "fpo_0_beta_2": ("the same, β = 2", "fpo", (*LAST, "--alpha", "0", "--beta", "2"), None),
 }
-STAGES = (list(LINES)[:5], list(LINES)[5:])  # what the two claims need comes first
+# What the two claims need comes first. (SAEs that a stage needs, its lines)
+STAGES = ((("last",), list(LINES)[:5]), (("random", "middle"), list(LINES)[5:]))
 ALPHAS, RATES = (3e3, 1e4, 3e4), (2e-6, 6e-6, 2e-5)
 CHOOSING_SEED = 9  # no run that is scored has it
 BEFORE = {"name": "before", "task": "none", "seed": 0, "flags": []}  # the reference, not trained
@@ -314,9 +313,12 @@ def open_record(path, of: dict) -> dict:
     UserError where its runs stand on something else than `of`; the hardware may differ, and torch's version.
     """
     record = json.loads(Path(path).read_text()) if Path(path).exists() else {"of": of, "runs": []}
-    for key in ("model", "pairs", "split", "training", "saes"):
+    for key in ("model", "pairs", "split", "training"):
         if (there := record["of"].get(key)) != of[key]:
             refuse(f"{path}: its {key} is {there}, here it is {of[key]}; take another --assets")
+    for name, made in of["saes"].items():
+        if (there := record["of"]["saes"].setdefault(name, made)) != made:
+            refuse(f"{path}: its SAE {name} is {there}, here it is {made}; take another --assets")
     return record
 
 
@@ -473,20 +475,19 @@ def main(argv=None):
         sets = split_pairs(read_pairs(args.pairs), SPLIT_SEED, SIZES)
         for name, pairs in (*sets.items(), ("ends", sets["choose"][:8])):
             runtime.write_text(args.out / f"{name}.jsonl", "".join(json.dumps(pair) + "\n" for pair in pairs))
-        # ---- dictionaries
+        # ---- a stage: its dictionaries, what its lines leave open, their runs
         layers = load_config(args.model).get_text_config().num_hidden_layers
         places = {"last": layers - 1, "random": layers - 1, "middle": layers // 2}
-        make_saes(args, places)
-        made = {name: runs.read_json(args.out / f"sae_{name}/made.json") for name in places}
-        # ---- runs: what a line leaves open is chosen before its first one
         args.commit = runtime.made_by()["commit"]
-        record = open_record(args.assets / "seeds.json", stand_on(args, sets, made))
         # A thread each: two such runs take less time than one run of two threads after another.
         options = {"initializer": torch.set_num_threads, "initargs": (1,)}
         with ProcessPoolExecutor(args.at_once, multiprocessing.get_context("spawn"), **options) as pool:
-            for names in STAGES:  # no core waits for the last seed of a line while others are left to do
+            for saes, names in STAGES:
+                make_saes(args, {name: places[name] for name in saes})
+                made = {name: runs.read_json(args.out / f"sae_{name}/made.json") for name in saes}
+                record = open_record(args.assets / "seeds.json", stand_on(args, sets, made))
                 many = [run for name in names for run in scored_runs(args, pool, record, name)]
-                do_runs(args, pool, record, many)
+                do_runs(args, pool, record, many)  # all together: no core waits for a line's last seed
     record = runs.read_json(args.assets / "seeds.json")
     tables = make_tables(record)
     text = "\n".join(f"**{title}**\n\n{table}" for title, table in tables.items())
