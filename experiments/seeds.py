@@ -235,6 +235,7 @@ LINES: dict[str, tuple] = {
     "no_sae": ("FPO without the SAE", "no_sae", LAST, "equal_distance"),
     "dpo_0.1": ("DPO, β = 0.1", "dpo", (*LAST, "--beta", "0.1"), None),
     "dpo_1": ("DPO, β = 1", "dpo", (*LAST, "--beta", "1"), None),
+    "fpo_1e4": ("FPO", "fpo", (*LAST, "--alpha", "10000"), None),  # the presets' α
     "random": ("FPO, a random SAE", "fpo", RANDOM, "equal_distance"),
     "tdpo2": ("TDPO-2", "tdpo2", LAST, None),
     "fpo_0": ("FPO, α = 0: DPO divided by length", "fpo", (*LAST, "--alpha", "0"), None),
@@ -243,7 +244,7 @@ LINES: dict[str, tuple] = {
     "fpo_0_beta_2": ("the same, β = 2", "fpo", (*LAST, "--alpha", "0", "--beta", "2"), None),
 }
 # What the two claims need comes first. (SAEs that a stage needs, its lines)
-STAGES = ((("last",), list(LINES)[:5]), (("random", "middle"), list(LINES)[5:]))
+STAGES = ((("last",), list(LINES)[:6]), (("random",), list(LINES)[6:10]), (("middle",), list(LINES)[10:]))
 ALPHAS, RATES = (3e3, 1e4, 3e4), (2e-6, 6e-6, 2e-5)
 CHOOSING_SEED = 9  # no run that is scored has it
 BEFORE = {"name": "before", "task": "none", "seed": 0, "flags": []}  # the reference, not trained
@@ -324,9 +325,8 @@ def open_record(path, of: dict) -> dict:
 
 def write_record(path, record: dict):
     """The record as JSON with a line for each run. Written aside and renamed."""
-    lines = [json.dumps(run, separators=(",", ":")) for run in record["runs"]]
-    head = json.dumps(record["of"], indent=1)
-    runtime.write_text(path, f'{{"of": {head},\n"runs": [\n' + ",\n".join(lines) + "\n]}\n")
+    lines = ",\n".join(json.dumps(run, separators=(",", ":")) for run in record["runs"])
+    runtime.write_text(path, f'{{"of": {json.dumps(record["of"], indent=1)},\n"runs": [\n{lines}\n]}}\n')
 
 
 def find(record: dict, run: dict) -> dict | None:
@@ -352,8 +352,7 @@ def do_runs(args, pool, record: dict, many: list[dict]) -> list[dict]:
         line = future.result()
         record["runs"].append(line)
         write_record(args.assets / "seeds.json", record)
-        told = {key: line[key] for key in ("set", "name", "seed", "flags")}
-        print(f"{time.strftime('%H:%M')} {told}: {line['means']}, {line.get('seconds')} s", flush=True)
+        print(time.strftime("%H:%M"), line["set"], line["name"], line["seed"], line["means"], flush=True)
     if failed:
         raise failed
     return [find(record, run) for run in many]
@@ -382,8 +381,7 @@ def values(record: dict, name: str, column: str, seeds=SEEDS) -> np.ndarray:
     """(S, P) a column of this line's scored runs in its table's unit, of those of `seeds` that are done."""
     mine = [run for run in record["runs"] if (run["set"], run["name"]) == ("score", name)]
     done = {run["seed"]: [int(value) for value in run[column]] for run in mine}
-    rows = [done[seed] for seed in seeds if seed in done]
-    return np.array(rows) * COLUMNS[column][0]
+    return np.array([done[seed] for seed in seeds if seed in done]) * COLUMNS[column][0]
 
 
 def interval(d, draws: int = 4000, seed: int = 0) -> tuple[float, float, float]:
@@ -406,29 +404,32 @@ def difference(record, name: str, other: str, column: str) -> tuple[float, float
     return interval(values(record, name, column, both) - values(record, other, column, both))
 
 
-def make_tables(record) -> dict[str, str]:
-    """{title: a Markdown table}: of means over seeds, and of each method's difference from FPO."""
-    done = {name: len(values(record, name, "accuracy")) for name in LINES}
+def make_tables(record) -> list[str]:
+    """Markdown tables: of means over seeds, and of all lines' differences from each of FPO's with the SAE."""
+    done = [name for name in LINES if len(values(record, name, "accuracy"))]
     rows = [{"scores": run["means"], **run} for run in record["runs"] if run["set"] == "score"]
     rows = [row | {"scores": row["scores"] | {"D_1e-5": 1e5 * row["scores"]["mse_rejected"]}} for row in rows]
-    lines = [(label_of(record, name), name, (), ()) for name in LINES if done[name]]
     columns = ("accuracy", "reward_accuracy", "kl_rejected", "D_1e-5", "nll_chosen", "constraint_share")
-    heads = ["less FPO", "seeds", *(head for _, head in COLUMNS.values())]
-    text = ["| " + " | ".join(heads) + " |", "|---" + "|---:" * (len(heads) - 1) + "|"]
-    for label, name, *_ in lines:
-        if name not in ("before", "fpo"):
-            found = [difference(record, name, "fpo", column) for column in COLUMNS]
+    tables = [reproduce.table(rows, [(label_of(record, name), name, (), ()) for name in done], columns)]
+    for other in [name for name in ("fpo", "fpo_1e4") if name in done]:
+        heads = [f"less {label_of(record, other)}", "seeds", *(head for _, head in COLUMNS.values())]
+        text = ["| " + " | ".join(heads) + " |", "|---" + "|---:" * (len(heads) - 1) + "|"]
+        for name in [name for name in done if name not in ("before", other)]:
+            found = [difference(record, name, other, column) for column in COLUMNS]
             cells = [f"{mean:+.3g} [{low:.3g}, {high:.3g}]" for mean, low, high in found]
-            text.append("| " + " | ".join([label, str(done[name]), *cells]) + " |")
-    return {"Means": reproduce.table(rows, lines, columns), "Differences": "\n".join(text) + "\n"}
+            seeds = str(len(values(record, name, "accuracy")))
+            text.append("| " + " | ".join([label_of(record, name), seeds, *cells]) + " |")
+        tables.append("\n".join(text) + "\n")
+    return tables
 
 
 def label_of(record, name: str) -> str:
-    """A method's label, with the α or learning rate that was chosen for it."""
+    """A line's label, with its α or learning rate where that was chosen."""
     flags = next(r["flags"] for r in record["runs"] if (r["set"], r["name"]) == ("score", name))
-    chosen = flags[len(LINES[name][2]) :]
-    what = {"--alpha": "α = ", "--lr": "lr "}
-    return LINES[name][0] + (f", {what[chosen[0]]}{float(chosen[1]):,g}" if chosen else "")
+    flag, value = flags[-2:] or ("", 0)
+    what = {"--alpha": "α =", "--lr": "lr"}
+    told = flag in what and "α" not in LINES[name][0]
+    return LINES[name][0] + (f", {what[flag]} {float(value):,g}" if told else "")
 
 
 def draw(record):
@@ -489,8 +490,7 @@ def main(argv=None):
                 many = [run for name in names for run in scored_runs(args, pool, record, name)]
                 do_runs(args, pool, record, many)  # all together: no core waits for a line's last seed
     record = runs.read_json(args.assets / "seeds.json")
-    tables = make_tables(record)
-    text = "\n".join(f"**{title}**\n\n{table}" for title, table in tables.items())
+    text = "\n".join(make_tables(record))
     runtime.write_text(args.assets / "seeds.md", text)
     figures.save(draw(record), args.assets / "seeds.svg")
     print(text)
