@@ -27,7 +27,6 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from types import SimpleNamespace
 
-import matplotlib
 import numpy as np
 import torch
 
@@ -238,10 +237,10 @@ LINES: dict[str, tuple] = {
     "fpo_1e4": ("FPO", "fpo", (*LAST, "--alpha", "10000"), None),  # the presets' α
     "random": ("FPO, a random SAE", "fpo", RANDOM, "equal_distance"),
     "tdpo2": ("TDPO-2", "tdpo2", LAST, None),
-    "fpo_0": ("FPO, α = 0: DPO divided by length", "fpo", (*LAST, "--alpha", "0"), None),
+    "length": ("FPO, α = 0: DPO divided by length", "fpo", (*LAST, "--alpha", "0"), None),
     "simpo": ("SimPO", "simpo", LAST, "learning_rate"),
     "middle": ("FPO, the middle layer's SAE", "fpo", MIDDLE, "equal_distance"),
-    "fpo_0_beta_2": ("the same, β = 2", "fpo", (*LAST, "--alpha", "0", "--beta", "2"), None),
+    "length_2": ("DPO divided by length, β = 2", "fpo", (*LAST, "--alpha", "0", "--beta", "2"), None),
 }
 # What the two claims need comes first. (SAEs that a stage needs, its lines)
 STAGES = ((("last",), list(LINES)[:6]), (("random",), list(LINES)[6:10]), (("middle",), list(LINES)[10:]))
@@ -433,21 +432,17 @@ def label_of(record, name: str) -> str:
 
 
 def draw(record):
-    """Accuracies against KL and against D, a cross for each method: the 95 % intervals of its means."""
-    looks = [look[1] for look in figures.LOOKS.values()]
+    """Accuracies against KL and against D, a cross for each line: the 95 % intervals of its means."""
     names = [name for name in LINES if name != "before" and len(values(record, name, "accuracy"))]
-    with matplotlib.rc_context(figures.STYLE):
-        figure, axes = figures.new_figure(4, 2)
-        for ax, (y, x) in zip(axes, itertools.product(list(COLUMNS)[:2], list(COLUMNS)[2:]), strict=True):
-            ax.set(xlabel=COLUMNS[x][1], ylabel=COLUMNS[y][1], xscale="log")
-            for i, name in enumerate(names):
-                (at, *across), (height, *along) = (interval(values(record, name, key)) for key in (x, y))
-                errors = {"xerr": [[at - across[0]], [across[1] - at]]}
-                errors["yerr"] = [[height - along[0]], [along[1] - height]]
-                look = {"color": looks[1 + i % (len(looks) - 1)], "marker": "os^vDPX*<>"[i], "lw": 1}
-                ax.errorbar(at, height, **errors, **look, ms=6, ls="none", label=label_of(record, name))
-        figures.add_legend(figure, axes)
-    return figure
+    looks, panels = {"no_sae": "sft", "random": "simpo_kl", "middle": "tdpo1", "length": "free"}, []
+    for y, x in itertools.product(list(COLUMNS)[:2], list(COLUMNS)[2:]):
+        crosses = {}
+        for name in names:
+            method = name if name == "no_sae" else name.partition("_")[0]
+            ends = (interval(values(record, name, key)) for key in (x, y))
+            crosses[label_of(record, name)] = looks.get(method, method), *ends
+        panels.append((COLUMNS[x][1], COLUMNS[y][1], crosses))
+    return figures.draw_crosses(panels)
 
 
 # ---------------------------------------------------------------------------- the command line
