@@ -397,9 +397,14 @@ def interval(d, draws: int = 4000, seed: int = 0) -> tuple[float, float, float]:
     return d.mean(), *np.quantile(means, (0.025, 0.975))
 
 
+def shared_seeds(record, *names) -> list[int]:
+    """The seeds that each of these lines has."""
+    return [seed for seed in SEEDS if all(len(values(record, name, "accuracy", [seed])) for name in names)]
+
+
 def difference(record, name: str, other: str, column: str) -> tuple[float, float, float]:
     """`interval` of one line less another, over the seeds that both have."""
-    both = [seed for seed in SEEDS if all(len(values(record, one, column, [seed])) for one in (name, other))]
+    both = shared_seeds(record, name, other)
     return interval(values(record, name, column, both) - values(record, other, column, both))
 
 
@@ -416,7 +421,7 @@ def make_tables(record) -> list[str]:
         for name in [name for name in done if name not in ("before", other)]:
             found = [difference(record, name, other, column) for column in COLUMNS]
             cells = [f"{mean:+.3g} [{low:.3g}, {high:.3g}]" for mean, low, high in found]
-            seeds = str(len(values(record, name, "accuracy")))
+            seeds = str(len(shared_seeds(record, name, other)))
             text.append("| " + " | ".join([label_of(record, name), seeds, *cells]) + " |")
         tables.append("\n".join(text) + "\n")
     return tables

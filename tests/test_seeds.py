@@ -206,6 +206,7 @@ def test_differences_are_paired_over_seeds_and_pairs():
         [100] * 4,
         [100, 100, 0, 0],
     ]
+    assert seeds.shared_seeds(record, "dpo_1", "fpo") == [0, 2]
     found = [seeds.difference(record, "dpo_1", "fpo", column) for column in seeds.COLUMNS]
     mean, low, high = found[0]  # a pair of four at each of the seeds 0 and 2
     assert mean == 25 and 0 <= low < 25 < high
