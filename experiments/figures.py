@@ -12,6 +12,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from runtime import UserError, writing
 
@@ -84,6 +85,28 @@ def draw(panels, log_x=False):
                     d = np.std(seeds, 0, ddof=1)
                     ax.fill_between(x, y - d, y + d, color=colour, alpha=0.15, linewidth=0)
         add_legend(figure, axes)
+    return figure
+
+
+def draw_crosses(panels):
+    """Panels of crosses over one legend, x on a logarithmic scale. Returns the figure.
+
+    panels: (label of x, label of y, {label: (a method of LOOKS, (x, low, high), (y, low, high))}).
+    """
+    with matplotlib.rc_context(STYLE):
+        figure, axes = new_figure(len(panels), 2)
+        for ax, (xlabel, ylabel, crosses) in zip(axes, panels, strict=True):
+            ax.set(xlabel=xlabel, ylabel=ylabel, xscale="log")
+            ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.xaxis.set_major_formatter("{x:g}")
+            ax.xaxis.set_minor_formatter("")
+            for marker, (label, (method, *ends)) in zip("os^vDPX*<>dp", crosses.items(), strict=False):
+                x, y = (mean for mean, *_ in ends)
+                xerr, yerr = ([[mean - low], [high - mean]] for mean, low, high in ends)
+                look = {"color": LOOKS[method][1], "marker": marker, "ms": 6, "lw": 1, "ls": "none"}
+                ax.errorbar(x, y, yerr=yerr, xerr=xerr, label=label, **look)
+        handles = axes[0].get_legend_handles_labels()
+        figure.legend(*handles, loc="outside lower center", ncols=3)
     return figure
 
 

@@ -59,6 +59,18 @@ def test_curves_of_tables_are_means_over_seeds_and_a_figure_is_the_same_each_tim
     assert line.get_ydata().tolist() == [0.25, 0.25] and len(gap.lines) == len(chosen.lines) - 1
 
 
+def test_crosses_span_their_intervals():
+    """A cross is its mean and both intervals, in its method's colour; the scale of x is logarithmic."""
+    crosses = {"FPO, α = 9": ("fpo", (2.0, 1.0, 5.0), (60.0, 58.0, 61.0)), "b": ("dpo", (3, 3, 3), (1, 1, 1))}
+    figure = figures.draw_crosses([("KL", "accuracy", crosses)] * 2)
+    ax = figure.axes[0]
+    across, along = (bars.get_segments()[0].tolist() for bars in ax.collections[:2])
+    assert across == [[1, 60], [5, 60]] and along == [[2, 58], [2, 61]]
+    (point, *_), *_ = ax.containers
+    assert point.get_xydata().tolist() == [[2, 60]] and point.get_color() == figures.LOOKS["fpo"][1]
+    assert ax.get_xscale() == "log" and [t.get_text() for t in figure.legends[0].get_texts()] == list(crosses)
+
+
 # ---------------------------------------------------------------------------- any runs
 def write_run(folder, steps, *, ended=True, **series):
     """A run's files: `series` are values of metrics.jsonl by step, `eval_accuracy` at every second one."""
