@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -54,14 +55,14 @@ def save_state(out, step: int, policy, optimizer, meta: dict):
             shutil.rmtree(left)
         aside.mkdir(parents=True)
     runtime.barrier()
-    # What is whole is the same on every rank, and rank 0 writes it: with --shard states the weights, with
-    # `none` the optimizer's states too.
-    weights_shared = isinstance(next(policy.parameters()), DTensor)
-    states_shared = weights_shared or hasattr(optimizer, "optim")
+    # What is not sharded is the same on every rank, so rank 0 alone writes it: with --shard states the
+    # weights, with `none` the optimizer's states too.
+    weights_sharded = isinstance(next(policy.parameters()), DTensor)
+    states_sharded = weights_sharded or hasattr(optimizer, "optim")
     mine = {
         name: tensor.contiguous()
         for name, tensor in state_tensors(policy, optimizer).items()
-        if rank == 0 or (weights_shared if name.startswith("weight/") else states_shared)
+        if rank == 0 or (weights_sharded if name.startswith("weight/") else states_sharded)
     }
     with runtime.writing(aside):
         # safetensors cannot reopen a file that has neither tensors nor metadata, so always write metadata.
@@ -152,7 +153,9 @@ def set_aside(out):
     start, and no model is left beside settings that are not its own.
     """
     out, aside = Path(out), Path(out, "earlier.tmp")
-    if not (aside.exists() or any((out / name).exists() for name in ("model", "state", "scores.json"))):
+    log = out / "metrics.jsonl"
+    there = [(out / name).exists() for name in ("model", "state", "scores.json")]
+    if not (aside.exists() or any(there) or (log.exists() and log.stat().st_size)):
         return  # nothing that a new run would not write over
     with runtime.writing(aside, keep=True):
         aside.mkdir(exist_ok=True)
@@ -171,16 +174,23 @@ def cut_metrics(path, step: int):
 
 
 class StopSignal:
-    """Notes SIGTERM and SIGINT, for the loop to save and leave at the step's end. A second one kills."""
+    """Notes SIGTERM and SIGINT, for the loop to save and leave at the step's end. A second one kills.
+
+    But not within GRACE seconds: a scheduler may signal every process, and torchrun passes its own on.
+    """
+
+    GRACE = 2.0
 
     def __init__(self):
-        self.came = False
+        self.came = 0.0  # when, by the monotonic clock
         self.before = {s: signal.signal(s, self.note) for s in (signal.SIGTERM, signal.SIGINT)}
 
     def note(self, number, frame):
         """A handler: the loop reads `came`."""
-        self.came = True
-        self.restore()
+        if self.came and time.monotonic() - self.came > self.GRACE:
+            self.restore()
+            signal.raise_signal(number)
+        self.came = self.came or time.monotonic()
 
     def restore(self):
         """Put the former handlers back."""

@@ -64,7 +64,7 @@ class Settings:
     """Every setting of an evaluation: the flags below, and in `config` those shared with train.py."""
 
     model: str | None = flag(None, "what is scored; none: the preset's SFT model")
-    reference: str | None = flag(None, "the frozen π_ref; none: no KL, D_FPO and reward")
+    reference: str | None = flag(None, "the frozen π_ref; none: no KL, D_FPO, log π/π_ref")
     preset: str | None = flag(None, "of data, SAE and lengths; none: as the run that trained the model")
     method: Literal[None, *losses.METHODS] = flag(None, "whose reward is scored; none: as that run")
     dataset: str | None = flag(None, "pairs to score; none: the preset's held-out pairs")
@@ -119,7 +119,8 @@ def parse_args(argv=None) -> Settings:
     # The method of `config` is one that reads pairs and needs no SAE.
     settings.config = parse_run_args(rest, {**values, "method": "dpo"})
     for name in ("sae_layer", "sae_site"):
-        if settings.units and getattr(settings.config, name) != run[name]:
+        asked = getattr(settings.config, name)  # no layer: the one that training found too
+        if settings.units and asked and asked != run[name]:
             refuse(f"--{name}: {settings.model} was trained with D_FPO in units of {run[name]}")
     return settings
 

@@ -8,11 +8,11 @@ from typing import Literal
 from transformers import HfArgumentParser
 
 from losses import METHODS
-from runtime import check_output, refuse
+from runtime import refuse
 
 
 def flag(default, text):
-    """A field of Config with its --help text; what is paper's, experiments' or ours stands in the text."""
+    """A field of Config with its --help text; the text says what is the paper's, experiments' or ours."""
     make = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
     return field(**make, metadata={"help": text})
 
@@ -26,7 +26,7 @@ class Config:
 
     # what runs, on what
     method: Literal[METHODS] = flag("fpo", "a row of Table 1 or 6")  # type: ignore[valid-type]
-    preset: str | None = flag(None, "fills in what is not given; gemma-2-2b, or own with --model alone")
+    preset: str | None = flag(None, "sets what is not given; gemma-2-2b, or own where only --model is")
     model: str = flag(None, "where training starts: a Hugging Face directory or hub name")
     reference: str = flag(None, "the frozen π_ref; by default where training starts")
     dataset: str = flag(None, "pairs: a JSONL, parquet or arrow file, or hub NAME:SPLIT")
@@ -69,7 +69,9 @@ class Config:
     layout: Literal["auto", "shared", "separate"] = flag("auto", "the prompt once a pair (shared) or twice")
     activation_checkpointing: bool = flag(True, "compute activations again in the backward (Table 5)")
     compile: bool = flag(True, "torch.compile each layer; without effect on the CPU")
-    shard: Literal["none", "states", "fsdp"] = flag("states", "what ranks share: optimizer states, or all")
+    shard: Literal["none", "states", "fsdp"] = flag(
+        "states", "what is split over ranks: optimizer's states, all"
+    )
     # evaluation, interruptions, trackers
     eval_every: int = flag(200, "steps between scores of held-out pairs; 0: at the ends alone")
     eval_kl: bool = flag(True, "load the reference to score the KL, for methods that do without it")
@@ -143,7 +145,7 @@ AT_LEAST_1 = {"batch_size", "epochs", "steps", "k", "max_length", "max_prompt_le
 
 
 def parse_args(argv=None, defaults=()) -> Config:
-    """The command line over `defaults`, over Table 5's row for the method, over the preset, over Config's.
+    """The command line over `defaults`, over the preset, over Table 5's row for the method, over Config's.
 
     defaults: {flag: value} of another run, say, whose settings hold where the command line is silent.
     Raises: UserError: a flag or value that is not allowed, in one line that names those that are.
@@ -152,6 +154,7 @@ def parse_args(argv=None, defaults=()) -> Config:
     parser = HfArgumentParser(Config, **about, allow_abbrev=False, add_help=False)  # type: ignore[arg-type]
     parser.error = refuse  # type: ignore[method-assign]  # argparse's own prints a page
     parser.set_defaults(**dict(defaults))
+    # Read twice: method and preset choose the defaults of the second reading.
     first, _ = parser.parse_known_args(argv)
     preset = first.preset or ("own" if first.model else "gemma-2-2b")
     if preset not in PRESETS:
@@ -170,6 +173,10 @@ def parse_args(argv=None, defaults=()) -> Config:
     )
     if unknown:
         refuse(f"{' '.join(unknown)}: no such flag; --help lists them all")
+    if config.warmup_steps and values.get("warmup_steps") == 0:  # given, in place of the preset's share
+        if first.warmup_ratio:
+            refuse(f"--warmup_steps {config.warmup_steps}: or --warmup_ratio, not both")
+        config.warmup_ratio = 0.0
     fill_in(config)
     check(config)
     return config
@@ -216,11 +223,6 @@ def check(config):
             refuse(f"--{name}: --preset {config.preset} needs one: a JSONL file or a hub data set")
     if config.method == "fpo" and config.sae is None:
         refuse("--sae: FPO needs one; `python -m experiments.train_sae` makes one for any model")
-    for name in ("model", "reference"):
-        if Path(config.out, "model").resolve() == Path(getattr(config, name)).resolve():
-            refuse(f"--out {config.out}: its model is --{name}, which the run would replace")
-    for name in ("out", "cache_dir"):
-        check_output(name, getattr(config, name), folder=True)
     needed = {"tensorboard": ["tensorboard"], "wandb": ["wandb", "tensorboard"]}.get(config.report_to, [])
     if missing := [package for package in needed if importlib.util.find_spec(package) is None]:
         refuse(f"--report_to {config.report_to}: pip install {' '.join(missing)}")

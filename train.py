@@ -7,7 +7,7 @@
 The stages, in order: settings, processes, data, model; the audit; Phase 1, the offline reference (Sec. 3);
 Phase 2, the loop; what came out. All but Phase 1's cache goes into --out: config.json, metrics.jsonl,
 scores.json, samples.json, model/ (a Hugging Face directory), and the states of --save_every.
-A run that begins anew first moves what an earlier one left there to --out/earlier_N, together.
+A run that begins anew first moves what an earlier one left there to --out/earlier_N, all of it.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ import offline
 import runtime
 import scale
 from audit import audit_and_freeze
-from batches import collate, epoch_order, plan, stream, work_of
+from batches import epoch_order, plan, stream, work_of
 from checkpoint import (
     MAY_CHANGE_ON_RESUME,
     StopSignal,
@@ -47,6 +47,7 @@ from checkpoint import (
     save_state,
     saved_states,
     set_aside,
+    state_tensors,
 )
 from loading import (
     choose_layout,
@@ -67,6 +68,16 @@ PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_p
 
 
 # ---------------------------------------------------------------------------- pieces of the loop
+def check_folders(config):
+    """UserError where the run can't write, or would write over the model that it starts from."""
+    for name in ("out", "cache_dir"):
+        runtime.check_output(name, getattr(config, name), folder=True)
+    for name in ("model", "reference"):
+        for written in (Path(config.out, "model"), Path(config.out)):
+            if written.resolve() == Path(getattr(config, name)).resolve():
+                raise UserError(f"--out {config.out}: it holds --{name}, which the run would write over")
+
+
 def learning_rate(step: int, steps: int, config) -> float:
     """Linear warm-up, then constant (Table 5) or a cosine to 0 (Table 4). `step` counts from 0."""
     warmup = round(config.warmup_ratio * steps) if config.warmup_ratio else config.warmup_steps
@@ -110,9 +121,8 @@ def advice(line, config, floor) -> str | None:
 
     line: a step's metrics; floor: D_FPO that rounding makes, in the units of the run.
     """
-    margin, noise = line["margin_size"], (config.alpha or 1) * config.beta * floor
-    times = line["constraint_size"] / max(margin, 1e-30)
-    if config.method == "fpo" and noise > margin:
+    margin, times = line["margin_size"], line["constraint_size"] / max(line["margin_size"], 1e-30)
+    if config.method == "fpo" and (noise := config.alpha * config.beta * floor) > margin:
         return f"rounding alone makes a constraint of {noise:.1g}, above the margin: try --dtype float32"
     better = f"--alpha {config.alpha / times:.1g}" if config.alpha and times > 1 else None
     return better and f"the constraint is {times:.2g} × the reward margin: {better} would balance them"
@@ -124,9 +134,7 @@ def peak_memory_gb(device) -> float:
     return (torch.cuda.max_memory_allocated() if device.type == "cuda" else resident) / 1e9
 
 
-# ---------------------------------------------------------------------------- a run's state, and its model
-
-
+# ---------------------------------------------------------------------------- trackers, and the run's model
 def start_wandb(config):
     """Log in to wandb where it is asked for, before any work. UserError where that fails: no key, no network.
 
@@ -197,6 +205,21 @@ def save_model(policy, tokenizer, config, *, weights=True):
         aside.rename(final)
 
 
+def write_scores(out, before: dict, after: dict, samples: list[dict], reference: str):
+    """scores.json and samples.json, also on the terminal, and the command that tells more of the model."""
+    runtime.write_json(out / "scores.json", {"before": before, "after": after})
+    runtime.write_json(out / "samples.json", samples)
+    print(f"\n{'held-out':<30}{'before':>10}{'after':>10}")
+    for name, value in after.items():  # a resumed run may score what it did not at its start
+        print(f"{name:<30}{before.get(name, math.nan):>10.4g}{value:>10.4g}")
+    for sample in samples:
+        print("", *(f"{name + ':':<8}{text!r}" for name, text in sample.items()), sep="\n")
+    print(f"\n{out}: model, metrics.jsonl, config.json, scores.json, samples.json")
+    print("what its samples tell:")
+    models = ["--model", str(out / "model"), "--reference", reference]
+    print(shlex.join(["python", "eval_diversity.py", *models]))
+
+
 # ---------------------------------------------------------------------------- main
 def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoders=None):
     """Train: reads from top to bottom.
@@ -208,6 +231,7 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
     """
     # ---- processes and folders
     config = parse_args() if config is None else config
+    check_folders(config)
     device = runtime.start_processes()
     rank, world = runtime.ranks()
     if config.shard == "fsdp" and not dist.is_initialized():
@@ -225,7 +249,7 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
     saes, sites = load_saes(config, device) if needs_saes else ([], [])
     for sae, (layer, site) in zip(saes, sites, strict=True):
         say(f"SAE: layer {layer}, {site}, {sae.m} features")
-    load_config(config.model)  # where no model is, nothing else is asked
+    load_config(config.model)  # no model there: said before its tokenizer is missed
     tokenizer = data.load_tokenizer(config.model)
     pairs, held_out = (load_data(name, config, tokenizer) for name in ("dataset", "eval_dataset"))
     row_options = choose_layout(config, pairs, device)  # how a batch is laid out
@@ -234,7 +258,9 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
     # π_θ; and the digest of the weights that it starts with, which are often π_ref's.
     policy, digest = load_policy(config.model, *loading)
     # Phase 1 stores at most 8 bytes for each feature of both responses, of every SAE.
-    stored = 0 if resumes or not saes else 16 * (len(pairs) + len(held_out)) * sum(sae.m for sae in saes)
+    has_cache = config.method in losses.CACHED or (saes and config.feature_scale == "rms")
+    widths = sum(sae.m for sae in saes) if has_cache and not resumes else 0
+    stored = 16 * (len(pairs) + len(held_out)) * widths
     check_disk(config, policy, stored)
     save_model(policy, tokenizer, config, weights=False)  # what the end will write is tried now
     found = audit_and_freeze(policy, pairs, config, row_options)  # our forward against the model's own
@@ -254,11 +280,11 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
     # ---- Phase 1: the offline reference (Sec. 3), by the policy itself where it starts from the reference
     cache = held_out_cache = None
     units: tuple[float, ...] = ()
-    if config.method in losses.CACHED or (saes and config.feature_scale == "rms"):
+    if has_cache:
         reference = policy
         if config.reference != config.model:  # gone again once it has said what is stored
             reference, digest = load_policy(config.reference, *loading)
-        # The stored values are used only where they would be rounded alike.
+        # Stored values are used only where they would be rounded much alike.
         compiled = config.compile and device.type == "cuda"
         arithmetic = {"device": device.type, "compute": str(torch_dtype(config, device)), "compile": compiled}
         arithmetic |= {"layout": row_options["layout"]}
@@ -327,17 +353,23 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
         runtime.write_json(out / "config.json", asdict(config) | known)
         cut_metrics(out / "metrics.jsonl", start)
     policy.train()  # which turns checkpointing on; dropout is 0 in any case
-    if ddp:
-        # DDP orders its buckets at its second forward. One throw-away forward and backward at every start
-        # makes the order, and so the sums, of a resumed run those of an uninterrupted one.
-        model(collate(pairs, [pairs.shortest], **row_options).to(device))[0].logps.sum().backward()
-        optimizer.zero_grad()
+    lookup = cache and cache.lookup
+    settings = {name: getattr(config, name) for name in ("beta", "alpha", "gamma", "k", "stop_gradient")}
+    # One throw-away micro-step at every start, of the largest micro-batch, beside the optimizer's states:
+    # where memory is too small, the run ends here. And DDP orders its buckets at its second forward: so the
+    # order, and with it the sums, of a resumed run are those of an uninterrupted one.
+    state_tensors(policy, optimizer)  # which makes them
+    largest = max((group for step in steps for group in step), key=lambda group: pairs.sizes[group].sum())
+    batch, reference = next(stream(pairs, [largest], device=device, lookup=lookup, **row_options))
+    statistics, held_reference = model(batch)
+    loss, _ = loss_function(config.method, statistics, held_reference or reference, units=units, **settings)
+    loss.sum().backward()
+    optimizer.zero_grad()
+    del batch, reference, statistics, held_reference, loss
     mine = [groups[rank::world] for groups in steps[start:]]  # per step this rank's micro-batches
     # Batches are made ahead of their work, each with what Phase 1 stored of its pairs.
-    lookup = cache and cache.lookup
     flat = [group for groups in mine for group in groups]
     batches = stream(pairs, flat, device=device, lookup=lookup, **row_options)
-    settings = {name: getattr(config, name) for name in ("beta", "alpha", "gamma", "k", "stop_gradient")}
     bar = tqdm(total=len(steps), initial=start, desc=config.method, unit=" steps", disable=rank > 0)
     metrics_file = open(out / "metrics.jsonl" if rank == 0 else os.devnull, "a")  # noqa: SIM115
     writer, stop, stopping = start_tracker(config, start), StopSignal(), 0.0
@@ -359,7 +391,7 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
             loss, values = loss_function(
                 config.method, statistics, held_reference or reference, units=units, **settings
             )  # (B,)
-            # Ranks are averaged by DDP, hence `world`; a padding pair has weight 0.
+            # DDP and FSDP2 average over the ranks, hence `world`; a padding pair has weight 0.
             ((loss * batch.weight).sum() * (world / n_pairs)).backward()
             for name, value in step_sums(batch, loss, values, statistics).items():
                 sums[name] = sums.get(name, 0.0) + value
@@ -367,7 +399,7 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
 
         # ---- the step's only wait for the device: what is logged, and whether it is finite
         # One rank's signal stops all: it travels with the sums.
-        signalled = torch.full((), float(stop.came), device=device)
+        signalled = torch.full((), float(stop.came > 0), device=device)
         logged = torch.stack([*sums.values(), signalled]).double()
         if dist.is_initialized():
             dist.all_reduce(logged)
@@ -378,6 +410,8 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
         # ---- clip and update; every rank sees the same sums, and decides the same
         if not (math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"])):
             among = sorted(i for group in steps[step] for i in group)
+            if step > start:  # the weights are still those of the last good step
+                save_state(out, step, policy, optimizer, meta)
             raise UserError(f"step {step + 1}: loss or gradient is not finite; it is among pairs {among}")
         if 0 < config.max_grad_norm < line["grad_norm"]:
             scale.scale_gradients_(parameters, config.max_grad_norm / (line["grad_norm"] + 1e-6))
@@ -397,6 +431,7 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
         if "constraint_size" in line:  # what the constraint weighs in u beside the reward margin
             sizes = line["constraint_size"], line["margin_size"]
             line["constraint_share"] = sizes[0] / max(sum(sizes), 1e-8)  # both are 0 at step 1
+            # The audit's floor is in D's own unit: it is divided as D is.
             floor = (found["floor"] or 0.0) / (sum(units) / len(units) if units else 1)
             if step == 9 and rank == 0 and (text := advice(line, config, floor)):
                 tqdm.write(f"step 10: {text}")
@@ -419,29 +454,19 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
         started = time.perf_counter()  # scores and saving don't count
     bar.close()
     metrics_file.close()
-    stop.restore()
     if stopping and step + 1 < len(steps):
         say(f"stopped by a signal after step {step + 1}; go on with --resume")
     else:
         # ---- what came out: the model first, so that no evaluation can lose it
         save_model(policy, tokenizer, config)
+        stop.restore()
         after, prompts = scores(), first_prompts(held_out, len(answers))
         texts = [tokenizer.decode(prompt, skip_special_tokens=True) for prompt in prompts]
         columns = zip(texts, answers, greedy_answers(policy, tokenizer, prompts), strict=True)
         samples = [dict(zip(("prompt", "before", "after"), row, strict=True)) for row in columns]
         draw(writer, len(steps), {f"eval_{name}": value for name, value in after.items()})
         if rank == 0:
-            runtime.write_json(out / "scores.json", {"before": before, "after": after})
-            runtime.write_json(out / "samples.json", samples)
-            print(f"\n{'held-out':<30}{'before':>10}{'after':>10}")
-            for name, value in after.items():
-                print(f"{name:<30}{before[name]:>10.4g}{value:>10.4g}")
-            for sample in samples:
-                print("", *(f"{name + ':':<8}{text!r}" for name, text in sample.items()), sep="\n")
-            print(f"\n{out}: model, metrics.jsonl, config.json, scores.json, samples.json")
-            print("what its samples tell:")
-            models = ["--model", str(out / "model"), "--reference", config.reference]
-            print(shlex.join(["python", "eval_diversity.py", *models]))
+            write_scores(out, before, after, samples, config.reference)
     if dist.is_initialized():
         dist.barrier()
         # DDP's part in C++ must not be the last that holds gloo's group: it would end gloo's threads while it

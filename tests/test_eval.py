@@ -313,6 +313,14 @@ def run(tmp_path, lm, tokenizer, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.parametrize("method", losses.METHODS)
+def test_a_preset_s_models_are_scored_where_they_lie(tmp_path, monkeypatch, method):
+    """By the command that train.py prints at its end: nothing is written there."""
+    monkeypatch.chdir(tmp_path)
+    words = ["--model", f"runs/toy/{method}/model", "--reference", "runs/toy/model", "--preset", "toy"]
+    assert eval_diversity.parse_args(words).config.model == f"runs/toy/{method}/model"
+
+
 def test_a_model_is_scored_as_it_was_trained(run):
     """Method, units, data, SAE and lengths are the run's; flags replace them, a preset the last three."""
     settings = eval_diversity.parse_args(["--model", "run/model"])

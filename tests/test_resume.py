@@ -210,16 +210,22 @@ def test_fsdp_resumes_bit_for_bit(folder, fork):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_signal_finds_the_former_handlers(number):
-    """The first is noted, of either kind; whatever comes next does what it did before: it ends the run."""
-    both = (signal.SIGTERM, signal.SIGINT)
-    before, stop = [signal.getsignal(n) for n in both], checkpoint.StopSignal()
+def test_a_second_signal_finds_the_former_handlers(number, monkeypatch):
+    """The first is noted, of either kind; so is one right after it. A later one does what it did before."""
+    both, heard = (signal.SIGTERM, signal.SIGINT), []
+    before = {n: signal.signal(n, lambda n, frame: heard.append(n)) for n in both}
     try:
+        former, stop = [signal.getsignal(n) for n in both], checkpoint.StopSignal()
         assert not stop.came and [signal.getsignal(n) for n in both] == [stop.note] * 2
         signal.raise_signal(number)
-        assert stop.came and [signal.getsignal(n) for n in both] == before
+        signal.raise_signal(number)  # torchrun passes on what a scheduler sent to all
+        assert stop.came and not heard
+        monkeypatch.setattr(checkpoint.StopSignal, "GRACE", 0.0)
+        signal.raise_signal(number)
+        assert heard == [number] and [signal.getsignal(n) for n in both] == former
     finally:
-        stop.restore()
+        for n, handler in before.items():
+            signal.signal(n, handler)
 
 
 def test_two_runs_in_one_folder(folder, capsys):
@@ -304,9 +310,10 @@ def test_a_folder_s_files_are_one_run_s(folder):
     assert not Path("two/model").exists()  # that is to stand beside beta 0.7
     moved = {name.replace("/earlier_1", ""): content for name, content in files("two/earlier_1").items()}
     assert moved == first and eval_diversity.run_of("two/earlier_1/model")["beta"] == 0.1
-    run("--out", "two", "--steps", "2", "--beta", "0.3")  # one that left no state and no model has no number
+    run("--out", "two", "--steps", "2", "--beta", "0.3")  # the dead one left its log alone
     assert eval_diversity.run_of("two/model")["beta"] == 0.3
-    assert json.loads(Path("two/earlier_1/config.json").read_text())["beta"] == 0.1
+    betas = [json.loads(Path(f"two/earlier_{n}/config.json").read_text())["beta"] for n in (1, 2)]
+    assert betas == [0.1, 0.7] and len(Path("two/earlier_2/metrics.jsonl").read_text().splitlines()) == 2
 
 
 @pytest.mark.parametrize("moves", range(6))
@@ -445,10 +452,10 @@ import json, os, sys
 import fpo, runtime, settings, train
 rank, calls = os.environ["RANK"], []
 
-def poisoned(*args, **kwargs):  # rank 1 alone, in step 2
+def poisoned(*args, **kwargs):  # rank 1 alone, in step 2, the third call
     loss, values = fpo.method_loss(*args, **kwargs)
     calls.append(1)
-    return (loss * float("nan") if rank == "1" and len(calls) == 2 else loss), values
+    return (loss * float("nan") if rank == "1" and len(calls) == 3 else loss), values
 
 try:
     train.main(settings.parse_args(sys.argv[1:]), loss_function=poisoned)
@@ -458,10 +465,11 @@ except train.UserError as error:
 
 
 def test_two_ranks_decide_alike(folder, fork):
-    """A NaN that rank 1 alone sees stops both, and they name the step and its pairs."""
+    """A NaN that rank 1 alone sees stops both, and they name the step and its pairs; step 1 is kept."""
     fork(folder, "-c", RANKS, *RUN, "--out", "stop", ranks=2).finish()
     a, b = (json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(2))
     assert a == b and re.match(r"step 2: .*not finite; .* pairs \[\d+(, \d+){15}\]", a)
+    assert [path.name for path in checkpoint.saved_states(folder / "stop")] == ["step_00000001"]
 
 
 @pytest.mark.kill

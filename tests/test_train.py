@@ -141,6 +141,8 @@ def test_advice_by_hand():
         line = {"constraint_size": constraint, "margin_size": margin}
         assert says in train.advice(line, config, floor)
     assert train.advice({"constraint_size": 0.01, "margin_size": 0.02}, config, 1e-6) is None
+    config.alpha = 0.0  # no constraint, so nothing to advise
+    assert train.advice({"constraint_size": 0.0, "margin_size": 1e-9}, config, 1e-2) is None
 
 
 def test_methods_share_a_cache(folder):
@@ -256,7 +258,8 @@ def test_blocks_are_made_again_in_the_backward(folder, monkeypatch):
         counts[flag] = len(ran)
         ran.clear()
     without, with_it = counts.values()
-    assert with_it - without == 4 * (1 + 3), "4 blocks; a backward to see what has a gradient, 3 steps"
+    # 4 blocks; a backward to see what has a gradient, one thrown away, 3 steps
+    assert with_it - without == 4 * (1 + 1 + 3)
     a, b = (lines_of(flag[2:]) for flag in counts)
     assert [line["grad_norm"] for line in a] == pytest.approx([line["grad_norm"] for line in b], rel=1e-5)
 
@@ -312,6 +315,12 @@ def test_learning_rate():
     """By hand: linear over 4 steps, then constant; or a cosine over the remaining 6 to 0."""
     config = settings.parse_args(["--lr", "1", "--warmup_steps", "4"])
     assert [train.learning_rate(s, 10, config) for s in (0, 1, 3, 4, 9)] == [0.25, 0.5, 1.0, 1.0, 1.0]
+    own = ["--model", "m", "--sae", "s", "--dataset", "a", "--eval_dataset", "b", "--lr", "1"]  # ratio 0.1
+    rates = [train.learning_rate(step, 100, settings.parse_args(own)) for step in (0, 8, 9)]
+    assert rates == pytest.approx([0.1, 0.9, 1])
+    assert train.learning_rate(0, 100, settings.parse_args([*own, "--warmup_steps", "4"])) == 0.25
+    with pytest.raises(UserError, match="--warmup_steps 4: or --warmup_ratio, not both"):
+        settings.parse_args([*own, "--warmup_steps", "4", "--warmup_ratio", "0.2"])
     config = settings.parse_args(["--lr", "1", "--warmup_ratio", "0.4", "--schedule", "cosine"])
     assert train.learning_rate(0, 10, config) == 0.25
     assert train.learning_rate(4, 10, config) == 1.0
