@@ -1,4 +1,4 @@
-"""The run proves itself before it learns: against the model's own forward, twice, and for its rounding.
+"""Before training the forward is compared with the model's own, and with itself; its rounding is measured.
 
 What our masks, row layouts, slices or softcap get wrong shows here, so no list of supported architectures is
 needed: a model that is not understood is refused.
@@ -22,14 +22,12 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 def audit(policy: Policy, pairs, *, k=50, **row_options) -> dict:
     """Compare this forward, as training runs it, with the model's own; every rank must call it.
 
-    It takes the longest pair alone, and four others together, from the shortest on. What our masks, rows,
-    slices or softcap get wrong shows here, before anything is trained, so no list of supported architectures
-    is needed.
+    It takes the longest pair alone, and four others together, from the shortest on.
 
     Args:
         row_options: layout and padding, as `collate` takes them.
     Returns:
-        difference: Σ |log π(y|x) − that of lm(input_ids).logits| / Σ |y| of a pair, nats, the largest of all.
+        difference: Σ |log π(y|x) − that of lm(input_ids).logits| / max(8, Σ |y|), nats, the largest.
         floor: D_FPO that rounding makes (`noise_floor`), below which D says nothing.
         window: the sliding window if a pair is longer than it, else None.
     Raises:
@@ -76,11 +74,11 @@ def differences(policy: Policy, pairs, indices, row_options) -> torch.Tensor:
 
 @torch.no_grad()
 def noise_floor(policy: Policy, pairs, *, k=50, n=8, **row_options) -> float | None:
-    """D_FPO between `n` pairs and the same, rounded otherwise: what there is of it where nothing is learned.
+    """D_FPO between two forwards of `n` pairs that differ in rounding alone: what is there before learning.
 
     The embeddings move by about their last bit, up or down at random, so that all later roundings fall anew,
-    as they do when weights move. In float32 about 1e-10. In bf16 it can be a part of what training is to hold
-    down; it falls with |y|.
+    as they do when weights move. In float32 about 1e-10. In bf16 it can be a sizeable part of training's
+    D; longer responses have less.
     """
     if not policy.saes:
         return None
@@ -133,7 +131,9 @@ def audit_and_freeze(policy, pairs, config, row_options, *, trains=True) -> dict
         refuse(out_of_memory(error, pairs, config))
     except torch._dynamo.exc.TorchDynamoException as error:
         refuse(f"torch.compile fails ({str(error).splitlines()[0]}); --no_compile trains without it")
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+    except (UserError, torch.distributed.DistBackendError):
+        raise
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         refuse(f"{type(policy.lm).__name__}: our forward does not fit this architecture: {error!r:.200}")
     if runtime.ranks()[0] == 0:
         says = [f"audit passed: {found['difference']:.1g} nats a token from the model's own forward"]

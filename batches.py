@@ -49,8 +49,8 @@ class Batch(NamedTuple):
 def lay_out(lengths, row_tokens=None, row_multiple=1) -> tuple[list[int], int, int]:
     """Documents, given by their lengths, in R rows of L tokens: the place of each one's first token; R, L.
 
-    row_tokens: the fewest rows that are no longer than this, or than the longest document, and of about one
-        length: the longest document first, each into the row with most room. None: each document by itself.
+    row_tokens: pack into the fewest rows of at most this length, or the longest document's, filled evenly:
+        the longest document first, each into the row with most room. None: each document by itself.
     row_multiple: L is a multiple of it.
     """
     order, most = sorted(range(len(lengths)), key=lambda d: -lengths[d]), max(row_tokens or 0, *lengths)
@@ -173,7 +173,7 @@ def plan(indices, documents, ranks: int, *, max_tokens=0, **row_options) -> list
 
 
 def work_of(groups, documents, ranks: int, *, waits_each=False, **row_options) -> tuple[int, int]:
-    """A step's tokens, and those that its ranks compute or could have computed while they wait, padding too.
+    """(a step's tokens, the tokens that all ranks could compute in the time of the slowest, padding too).
 
     The first over the second is the step's fill. waits_each: ranks wait for the slowest at each micro-step
     (FSDP), not once a step. groups: as `plan` gives them; documents, row_options: as it takes them.

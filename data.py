@@ -35,12 +35,12 @@ FORMATS = {".jsonl": "text", ".json": "json", ".parquet": "parquet", ".arrow": "
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant"}
 ROLES |= {"system": "system", "developer": "system"}
 TRANSCRIPT = re.compile(r"\n\nHuman:|\s*Human:.*\n\nAssistant:", re.DOTALL)  # HH-RLHF's
-WHO, WHAT = ("role", "from"), ("content", "value")  # the names under which a message says them
+WHO, WHAT = ("role", "from"), ("content", "value")  # a message's keys for who speaks, and for what is said
 WORDS = (rf"(?=.*'({'|'.join(names)})'\s*:)" for names in (WHO, WHAT))
 PRINTED = re.compile(rf"\s*\[?\s*\{{(?=\s*'){''.join(WORDS)}.*\}}\s*\]?\s*", re.DOTALL)  # by Python
 # Where a record says its question: the first of these that it fills in.
 QUESTIONS = (("prompt",), ("question",), ("instruction", "input"))
-# Fields that belong to a prompt. Where one is not read, and says more than what is, its record is left out.
+# Fields that belong to a prompt: a record with one that is not read, nor its text anywhere, is left out.
 BELONGS = ("system_prompt", "history", "input", "instruction", "question", "context", "conversations")
 # What a conversation of plain texts can't express, in a record or in a message.
 MEDIA = ("image", "images", "video", "videos", "audio", "audios", "tools")
@@ -250,8 +250,8 @@ class Chat:
         if why and self.lost(talk):
             raise UserError(f"the tokenizer's chat template does not work: {why}")
         self.keeps_system = self.lost([system, user]) is None
-        # The first added token behind an answer that is no white space ends it, special or not (of two that
-        # begin there the longer). It and what follows it are the same after any answer.
+        # An answer ends with the first added token after it that is not white space, special or not (of two
+        # that begin there the longer). It and what follows it are the same after any answer.
         rest, ids = self.render(talk, tokenize=False).rpartition(talk[1]["content"])[2], self.ids(talk)
         words = {text: i for i, text in added.items() if text.replace("▁", " ").strip() and text in rest}
         end = min(words, key=lambda text: (rest.index(text), -len(text)), default="")
@@ -296,7 +296,8 @@ class Chat:
         """
         asked, wholes = self.ids(prompt, ask=True), [self.ids([*prompt, answer]) for answer in answers]
         n = shared(asked, *wholes)
-        # All that was said must be shared, but for its last token, which may merge with what follows.
+        # ids(prompt) is all that was said: it must be shared, but for its last token, which may merge with
+        # what follows. The rest of `asked` only opens the answer.
         if n < len(asked) and n + 1 < shared(asked, self.ids(prompt)):
             raise UserError("the chat template rewrites the prompt when it is answered")
         if any(ids[len(ids) - len(self.after) :] != self.after for ids in wholes):
@@ -332,7 +333,7 @@ def encode(record: dict, chat: Chat, sft: bool, max_length: int, max_prompt_leng
     # SFT: the earlier answers, the last first, move from the prompt to the response.
     for i in [i for i in range(len(asked) - 1, 0, -1) if sft and asked[i]["role"] == "assistant"]:
         before, (answer,), opens = chat.pair(asked[:i], asked[i : i + 1])
-        between = prompt[len(before) + len(answer) :]
+        between = prompt[len(before) + len(answer) :]  # what the user says after it
         if before + answer + between != prompt:
             notes.append("earlier answers not learnt: the chat template rewrites them")
             break

@@ -271,6 +271,7 @@ def method_loss(
         method: one of METHODS.
         policy_stats: Statistics of the policy, 2·B responses.
         reference_stats: of the reference: dpo, tdpo1, tdpo2 and fpo need them; others log D_FPO by them.
+            Methods with a KL need policy_stats.kl, fpo the features of both.
         beta, alpha, gamma, k: as in Table 5; k of Eq. 10.
         stop_gradient: whether δ_FPO's chosen term is held constant (Table 3).
         units: per SAE s², by which D_FPO is divided (see `feature_distance`); none: as in Eq. 10.

@@ -21,7 +21,7 @@ BF16_PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
 
 
 def step_flops(lm, tokens: int, targets: int) -> int:
-    """FLOPs that a step needs: 6 a weight and token; of the head's weights, only for the targets.
+    """FLOPs that a step needs: 6 per weight and token; of the head's weights, only for the targets.
 
     A checkpointed layer's second forward and attention's products are left out, as MFU leaves them out.
     """
@@ -98,9 +98,8 @@ def moved_features(policy, pairs, top, *, max_tokens=0, progress=False, **row_op
     of the policy, each a mean over all responses; and on how many responses either has the feature active.
     """
     rank, world = ranks()
-    groups = plan_for_one(pairs, range(len(pairs)), policy.lm.device, max_tokens=max_tokens, **row_options)[
-        rank::world
-    ]
+    groups = plan_for_one(pairs, range(len(pairs)), policy.lm.device, max_tokens=max_tokens, **row_options)
+    groups = groups[rank::world]  # this rank's
     # ---- of each feature: Σ before, Σ after, on how many responses
     sums = torch.zeros(3, policy.saes[0].m, dtype=torch.float64, device=policy.lm.device)  # (3, m)
     batches = stream(pairs, groups, device=policy.lm.device, **row_options)
@@ -142,7 +141,7 @@ def pair_columns(table, *, method=None, beta=0.1) -> dict[str, tuple[torch.Tenso
         """Pairs whose chosen response is above the rejected one; a tie counts half.
 
         A tie is what the rounding of float32 can make of equals: errors of n tokens have any sign, so that
-        their sum is off by √n times ROUNDING, and the mean by 1/√n.
+        their sum is off by √n · ROUNDING, and the mean by ROUNDING / √n.
         """
         # (n,) each; a response that is not there (SFT's rejected) has 0 tokens
         w, l = (table[f"{name}_{side}"] / (n[side].clamp(min=1) if per_token else 1) for side in n)

@@ -148,8 +148,8 @@ def shard_batches(pairs, shards, device, max_tokens, row_options):
 
 
 def _to_parts(group, statistics):
-    """What is stored of each pair of a micro-batch, on the host, sparse. Of an empty one, whose padding pair
-    keeps a rank busy, nothing is."""
+    """What is stored of each pair of a micro-batch, on the host, sparse. An empty micro-batch stores
+    nothing."""
     logps = statistics.logps.cpu()  # (2B,)
     features, norms = ([x.cpu() for x in per_sae] for per_sae in (statistics.features, statistics.norms))
     for b, pair in enumerate(group):

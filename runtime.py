@@ -96,7 +96,10 @@ def start_processes() -> torch.device:
 # ---------------------------------------------------------------------------- files
 @contextlib.contextmanager
 def writing(path, keep: bool = False):
-    """Name the path where a write fails. Unless `keep`, what was begun is removed: it may fill the disk."""
+    """Turn a failed write into a UserError that names the path.
+
+    Unless `keep`, what was begun is removed: it may fill the disk.
+    """
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -134,7 +137,7 @@ def lock_folder(folder, wait: bool = False):
     with writing(folder, keep=True):
         Path(folder).mkdir(parents=True, exist_ok=True)
     lock = FileLock(Path(folder) / "lock", is_singleton=True)  # of one process: runs may follow each other
-    with contextlib.suppress(Timeout):
+    with writing(lock.lock_file, keep=True), contextlib.suppress(Timeout):  # it may be another user's
         return lock.acquire(timeout=0)  # the system takes it back from a process that dies
     if not wait:
         raise UserError(f"{folder}: another process writes there; end it, or go elsewhere")

@@ -147,8 +147,8 @@ def load_sae(source, *, layer=None, width="16k", site="res", average_l0=None) ->
     """Load one SAE, checked, frozen, float32, on the CPU. Nothing is ever unpickled but tensors.
 
     `source`: a hub repo (`google/gemma-scope-2b-pt-res`), a folder in one (`owner/name/folder`), a local copy
-    of either, perhaps with one for each site in `res`, `mlp` and `att`, or one file. The names of its files
-    tell the maker (see above). Where the hub can't be read its local cache is used, with a warning.
+    of either, with a folder `res`, `mlp` or `att` for each site or without, or one file. The names of its
+    files tell the maker (see above). Where the hub can't be read its local cache is used, with a warning.
     `layer`: from 0. None: the one that the SAE was trained on, where it says so, else the last there is.
     `site`: "res", "mlp" or "att".
     `width`, `average_l0` (the number of active features): as the files' names say them, where they do. None
@@ -168,6 +168,8 @@ def load_sae(source, *, layer=None, width="16k", site="res", average_l0=None) ->
         if by_site and site not in {"res", *by_site}:  # beside site folders only `res` may lie bare
             raise UserError(f"{source}: no site {site!r}; it has: {', '.join(by_site)}")
         root = path / site if site in by_site else path
+        if not by_site:
+            _check_site(path.absolute().as_posix(), str(source), site)
         sae = _read_sae(root / choose(str(source), _list_directory(root)))
     else:
         sae = _read_sae(_fetch_from_hub(str(source), choose, site))
@@ -194,13 +196,9 @@ def _choose_file(place: str, files: list[str], *, layer, width, site, average_l0
         elif match := re.fullmatch(r"layer(\d+)\.sae\.pt", file):  # Qwen-Scope: a repo is one width and L0
             found[match[1], *_qwen_scope_name(place)] = file
     if not found:
-        others = [
-            str(PurePosixPath(file).parent) for file in files if file.endswith("/sae_weights.safetensors")
-        ]
-        if others:
-            raise UserError(
-                f"{place}: give the folder of one SAE, as {place}/{', '.join(sorted(others)):.300}"
-            )
+        name = "/sae_weights.safetensors"
+        if others := sorted(file.removesuffix(name) for file in files if file.endswith(name)):
+            raise UserError(f"{place}: give the folder of one SAE, as {place}/{', '.join(others):.300}")
         raise UserError(f"{place}: no SAE of site {site!r} in a layout of Gemma Scope, Qwen-Scope or SAELens")
 
     # Narrow them down to the layer, then to the width, then to the L0.
@@ -240,6 +238,13 @@ def _list_directory(root: Path) -> list[str]:
     return [path.relative_to(root).as_posix() for path in files if path.is_file()]
 
 
+def _check_site(name: str, source: str, site: str):
+    """UserError where the name of a Gemma Scope repo, or of a folder in a path, says another site."""
+    for says in re.findall(r"gemma-scope-[\w.-]+-(res|mlp|att|transcoders)(?=/|$)", name):
+        if says != site:
+            raise UserError(f"{source} holds site {says!r}, not {site!r}")
+
+
 def _fetch_from_hub(source: str, choose, site: str) -> Path:
     """Local path of the file that `choose` picks from a hub repo, or from a folder in it."""
     # A hub id is `owner/name`. All else, and what ends like a file, can only be a path.
@@ -247,8 +252,7 @@ def _fetch_from_hub(source: str, choose, site: str) -> Path:
     if named is None or source.startswith("runs/") or source.endswith((".npz", ".safetensors", ".pt")):
         raise UserError(f"{source}: no such file or directory")
     repo, folder = named[1], named[2].removeprefix("/") + "/" * bool(named[2])
-    if (sites := re.search(r"-(res|mlp|att|transcoders)$", repo)) and sites[1] != site:  # one site a repo
-        raise UserError(f"{source} holds site {sites[1]!r}, not {site!r}")
+    _check_site(repo, source, site)
     cache = None
     with hub_errors("no such folder here, and the hub's repo", repo):
         try:
@@ -446,7 +450,7 @@ def train_sae(states, *, width=512, steps=1000, batch=256, lr=1e-2, l0_weight=6e
     parameters = [p.requires_grad_() for p in (W_enc, b_enc, W_dec, b_dec, log_theta)]
     optimizer = torch.optim.Adam(parameters, lr=lr, betas=(0.0, 0.999), fused=True)
     for step in (bar := tqdm(range(steps), desc="SAE")):
-        # The learning rate falls over the last half; the penalty comes in over the first.
+        # The learning rate rises over 5 %, and falls over the last half; the penalty rises over the first.
         optimizer.param_groups[0]["lr"] = lr * min(1, 20 * (step + 1) / steps, 2 * (1 - step / steps))
         penalty = l0_weight * min(1, 2 * step / steps)
         h = scale * states[torch.randint(len(states), (batch,), generator=generator).to(device)]  # (batch, d)

@@ -46,6 +46,7 @@ def sample_responses(
     rank, world = runtime.ranks()
     stops = lm.generation_config.eos_token_id
     stops = {*(stops if isinstance(stops, list) else [stops]), data.Chat(tokenizer).end} - {None}
+    # pad_token_id: any, since it is masked on the left, and cut off behind the stop
     settings = GenerationConfig(eos_token_id=sorted(stops), pad_token_id=0, max_new_tokens=max_new_tokens)
     if temperature > 0:
         settings.update(do_sample=True, temperature=temperature, top_p=top_p, top_k=0, repetition_penalty=1.0)
@@ -71,10 +72,12 @@ def generating(lm, settings):
     before, attention = lm.generation_config, lm.config._attn_implementation
     lm.generation_config = settings  # generate would add what the model's own holds: top_k, min_p, a penalty
     lm.set_attn_implementation("eager")  # flex_attention would compile anew for every length
-    with torch.random.fork_rng(), torch.no_grad():
-        yield
-    lm.generation_config = before
-    lm.set_attn_implementation(attention)
+    try:
+        with torch.random.fork_rng(), torch.no_grad():
+            yield
+    finally:
+        lm.generation_config = before
+        lm.set_attn_implementation(attention)
 
 
 def continue_batch(lm, prompts) -> list[list[int]]:

@@ -1,11 +1,11 @@
 """READ LAST: the same numbers, made so that they fit a card's memory and keep it busy.
 
 The head and the SAE's features work in slices: neither (N, V) logits nor (N, m) features exist at once.
-bf16 weights are exact. At lr 5e-7 (Table 5) a weight of 0.02 reaches its next bf16 value only if 122 updates
-are added at once; rounded to nearest, 99 % of updates change nothing. So the float32 master is kept in two
-halves: the bf16 weight that the model computes with, and an int16 `rest`.
+Training bf16 weights loses no update. At lr 5e-7 (Table 5) a weight of 0.02 reaches its next bf16 value only
+if 122 updates are added at once; rounded to nearest, 99 % of updates change nothing. So the float32 master is
+kept in two halves: the bf16 weight that the model computes with, and an int16 `rest`.
 
-Bytes held a parameter on each of R ranks, activations not counted; FSDP2 also holds a layer or two in flight
+Bytes per parameter on each of R ranks, activations not counted; FSDP2 also holds a layer or two in flight
 
     how                          weight  gradient  rest  Adam | RMSprop   in all
     float32, every rank all      4       4               8    | 4         16     | 12
@@ -13,7 +13,7 @@ Bytes held a parameter on each of R ranks, activations not counted; FSDP2 also h
     bf16, `shard=True`           2       2         2/R   8/R  | 4/R       4+10/R | 4+6/R
     FSDP2, `shard_policy`        4/R     4/R             8/R  | 4/R       16/R   | 12/R
 
-Bytes read and written a bf16 parameter at each step, counted by hand, operation by operation
+Bytes read and written per bf16 parameter and step, counted by hand, operation by operation
 
     device   gradient_norm   scale_gradients_, above the maximum   Adam | RMSprop
     CPU      18              4                                     170  | 150, in slices

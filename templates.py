@@ -22,5 +22,5 @@ DAY = date(2024, 7, 26)
 
 
 def dated(template: str) -> str:
-    """A chat template whose calls of strftime_now(FORM) write DAY: a function can't be passed to it."""
+    """A chat template whose calls of strftime_now(FORM) write DAY: apply_chat_template can't be given one."""
     return re.sub(r"""strftime_now\((['"])(.*?)\1\)""", lambda call: repr(DAY.strftime(call[2])), template)

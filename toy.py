@@ -9,6 +9,7 @@ asked for, a sure tone, and some styles to others. The files have a real run's f
 
 import argparse
 import collections
+import contextlib
 import hashlib
 import itertools
 import json
@@ -26,7 +27,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, GenerationConfig, PreT
 
 from batches import collate
 from data import GEMMA_TURNS, Pairs
-from runtime import UserError, check_output, run_script, write_json
+from runtime import UserError, check_output, lock_folder, run_script, write_json
 from sae import SAE, SiteHook, sae_figures, train_sae, write_sae
 
 SIZES = {"documents": 2600, "sft": 3600, "train": 2400, "test": 400, "test_prompts": 160}
@@ -294,16 +295,23 @@ def make_world(out, seed=0, all_saes=False, force=False):
 
     all_saes: adds those residual and MLP SAEs that are missing. force: makes it anew. The same seed gives the
     same bytes on the same kind of machine. What else lies in `out`, such as trained models, stays.
-    Raises UserError where a world of another seed is, or files that no toy.json explains.
+    Where another process makes one, it is waited for. Raises UserError where a world of another seed is, or
+    files that no toy.json explains.
     """
-    out, threads = Path(out), torch.get_num_threads()
+    there = (Path(out) / "toy.json").exists() and not (all_saes or force)  # it is only read
+    with contextlib.nullcontext() if there else lock_folder(out, wait=True):
+        return make_what_lacks(Path(out), seed, all_saes, force)
+
+
+def make_what_lacks(out, seed, all_saes, force):
+    """As `make_world`, with `out` held."""
+    threads = torch.get_num_threads()
     new = force or not (out / "toy.json").exists()
     report = {} if new else json.loads((out / "toy.json").read_text())
     if not new and report["seed"] != seed:
         raise UserError(f"{out} is of seed {report['seed']}, not {seed}; toy.py --force makes it anew")
     if new and not force and any((out / name).exists() for name in ("base", "model", "sae", "train.jsonl")):
         raise UserError(f"{out} has a model, SAE or pairs, but no toy.json; toy.py --force replaces them")
-    out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # more don't help so small a model, and would add up in another order
     try:
         with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory(prefix=".", dir=out) as aside:

@@ -491,10 +491,14 @@ def test_without_the_hub_its_cache_is_used(hub, tmp_path, monkeypatch):
 NO_REPOS = ["./x", "../x/y", "/no/such", "~/no_such", "sae", "runs/toy/sae", "a/b.npz", "a/b/layer1.sae.pt"]
 
 
-def test_what_the_hub_is_not_asked_for(hub):
+def test_what_the_hub_is_not_asked_for(hub, tmp_path):
     for source in NO_REPOS:
         with pytest.raises(UserError, match=f"^{re.escape(source)}: no such file or directory"):
             load_sae(source, layer=0)
+    local = tmp_path / "gemma-scope-2b-pt-att/snapshots/0"  # as in the hub's cache, or a copy
+    local.mkdir(parents=True)
+    with pytest.raises(UserError, match="holds site 'att', not 'res'"):
+        load_sae(local)
     with pytest.raises(UserError, match="google/gemma-scope-2b-pt-mlp holds site 'mlp', not 'res'"):
         load_sae("google/gemma-scope-2b-pt-mlp", layer=25)
     hub.list.assert_not_called()

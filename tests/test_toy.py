@@ -253,4 +253,4 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, small, monkeypatch, stage):
     monkeypatch.setattr(toy, stage, stop)
     with pytest.raises(KeyboardInterrupt):
         toy.make_world(tmp_path)
-    assert not list(tmp_path.iterdir()) and torch.get_num_threads() == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"] and torch.get_num_threads() == 2
