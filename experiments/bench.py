@@ -17,6 +17,7 @@ held before it made the model. On the CPU each step has its own process: an allo
 import argparse
 import contextlib
 import gc
+import importlib.util
 import math
 import multiprocessing
 import os
@@ -336,6 +337,8 @@ def methods_table(args):
     rounds; on a card of plan.py the MFU: 6 · parameters · tokens without padding / seconds, of its peak.
     """
     names, rows = ["dpo", args.peer] if args.peer else args.methods, []
+    if args.peer and importlib.util.find_spec(args.peer) is None:
+        refuse("--peer trl: pip install trl==1.16.0")
     if args.peer:  # big tensors stay in malloc's heap: else page faults decide, and most of them are TRL's
         os.environ |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
     alone = {name: measure_alone(args, [name], 1)[1:] for name in names}
@@ -346,13 +349,7 @@ def methods_table(args):
     work = 6 * parameters_of(args.config)[0] * tokens
     for name in names:
         s, (peak, flops) = np.median(times[name]), alone[name]
-        row = {
-            "name": name,
-            "ms": 1e3 * s,
-            "pairs/s": args.pairs / s,
-            "peak GB": peak,
-            "fill": tokens / computed,
-        }
+        row = {"name": name, "ms": 1e3 * s, "pairs/s": args.pairs / s, "peak GB": peak}
         row["fill"] = tokens / computed if name in losses.METHODS else math.nan  # of a peer unknown
         row[f"time/{first}"] = np.median(times[name] / times[first])
         row[f"memory/{first}"] = peak / alone[first][0]

@@ -141,6 +141,8 @@ def main(words=None):
         runtime.refuse(f"{what}: one of record, {', '.join(sections)}")
     if what != "step_1" and not torch.cuda.is_available():
         runtime.refuse(f"{what}: needs a card")
+    if len(rest) != (what == "step_1") or not all((Path(run) / "config.json").exists() for run in rest):
+        runtime.refuse(f"{' '.join([what, *rest])}: step_1 takes a run's folder, the others nothing")
     print(json.dumps(sections[what](*rest)))
 
 

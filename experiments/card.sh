@@ -21,7 +21,7 @@ run toy 45 python train.py $train --out runs/card/toy
 run step_1 10 python -m experiments.card step_1 runs/card/toy
 run fsdp 45 torchrun --standalone --nproc_per_node 1 train.py $train --shard fsdp --out runs/card/fsdp
 run no_compile 30 python train.py $train --no_compile --out runs/card/no_compile
-run sigterm 40 timeout --signal TERM 20 python train.py $train --steps 100000 --out runs/card/sigterm
+run sigterm 50 timeout --signal TERM 35 python train.py $train --steps 5000 --out runs/card/sigterm
 
 # ---- the tests, last since they are the longest
-run tests 160 python -m pytest -n 0 -x tests/test_cuda.py
+run tests 155 python -m pytest -n 0 -x tests/test_cuda.py

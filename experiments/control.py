@@ -7,10 +7,10 @@
     python -m experiments.control --task measure --preset toy --model OUT/model --reference SFT --json FILE
 
 All other flags are train.py's. `python -m experiments.reproduce control` makes Table 4 of the toy. The second
-trains with weight 1 on the features that tell A's responses from B's ({"prompt": …, "response": …} lines),
-and 0 on all others. Table 4: --lr 2e-5 --batch_size 64 --schedule cosine --warmup_ratio 0.1, and --alpha 0
-for a weight of 0 on all. Its data, whose own scorers judge the responses: google/IFEval;
-DAMO-NLP-MT/multialpaca, allenai/WildChat, apple/mkqa; JailbreakBench/JBB-Behaviors, AdvBench
+command trains with weight 1 on the features that tell A's responses from B's, and 0 on all others (its files
+are lines of {"prompt": …, "response": …}). Table 4: --lr 2e-5 --batch_size 64 --schedule cosine
+--warmup_ratio 0.1, and --alpha 0 for a weight of 0 on all. Its data, whose own scorers judge the responses:
+google/IFEval; DAMO-NLP-MT/multialpaca, allenai/WildChat, apple/mkqa; JailbreakBench/JBB-Behaviors, AdvBench
 (llm-attacks); zeroshot/twitter-financial-news-sentiment. The held-out `mse_*` that a run of no_sae prints is
 Eq. 10 on the states.
 """
@@ -31,7 +31,7 @@ import settings
 import toy
 import train
 from batches import collate, stream
-from eval_diversity import sample_responses
+from eval_diversity import SHARED, sample_responses
 from runtime import refuse
 from sae import SiteHook, decoder_layers, sae_figures
 from scale import pooled_features
@@ -240,6 +240,10 @@ def parse_args(argv=None):
         refuse(f"--task {args.task}: --json is needed, the file to write")
     if args.json:
         runtime.check_output("json", args.json, folder=False)
+    known = {"preset", "model", "reference", "dataset", "eval_dataset", "seed", *SHARED}
+    for word in (word for word in words if args.task in MEASURES and word.startswith("--")):
+        if word[2:].split("=")[0].replace("-", "_") not in known:
+            refuse(f"{word}: --task {args.task} trains nothing, and has no use for it")
     config = settings.parse_args(words)
     check(args, config)
     return args, config
@@ -247,10 +251,8 @@ def parse_args(argv=None):
 
 def check(args, config):
     """UserError for settings of train.py that a task can't follow: each would be dropped in silence."""
-    task, of_style = (
-        f"--task {args.task}" if args.task else "--responses",
-        args.task in ("random", *toy.STYLES),
-    )
+    task, of_style = f"--task {args.task}", args.task in ("random", *toy.STYLES)
+    task = task if args.task else "--responses"
     if config.method != "fpo":
         refuse(f"--method {config.method}: {task} is of FPO alone")
     if of_style and config.preset != "toy":

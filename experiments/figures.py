@@ -37,8 +37,8 @@ PANELS = (
     ("accuracy", "share of pairs", "accuracy", "accuracy"),
     ("reward margin", "reward(y_w) − reward(y_l)", "reward_margin", None),
     ("the constraint's share", "|δ| / (|δ| + |reward margin|)", "constraint_share", None),
-    ("D_FPO, chosen", "activation²", None, "mse_chosen"),
-    ("D_FPO, rejected", "activation²", None, "mse_rejected"),
+    ("D_FPO, chosen", "D_FPO", None, "mse_chosen"),
+    ("D_FPO, rejected", "D_FPO", None, "mse_rejected"),
     ("KL, chosen", "KL(ref‖policy) (nats)", None, "kl_chosen"),
     ("KL, rejected", "KL(ref‖policy) (nats)", None, "kl_rejected"),
 )

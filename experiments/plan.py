@@ -28,6 +28,7 @@ speed of the card's memory. Bytes are counted in three ways:
                as scale.py does on CUDA
 """
 
+import argparse
 import contextlib
 import itertools
 import weakref
@@ -58,6 +59,7 @@ from fpo import Policy, attention_mask
 from loading import ROWS
 from losses import NEEDED
 from metrics import BF16_PEAK
+from runtime import refuse, run_script
 from settings import PRESETS, Config
 
 # The makers' figures: GB of 1e9 bytes that programs can use; FLOP/s of dense products in bf16, and in TF32
@@ -332,9 +334,10 @@ def body_cost(config, tokens):
 def attention_flops(config, batch) -> float:
     """FLOPs of all layers' attention in a forward: two products over the blocks that the mask leaves."""
     masks, visited = attention_mask(batch, config, torch.bfloat16), 0
-    for kind in config.layer_types:
-        blocks = masks[kind].kv_num_blocks.sum() + masks[kind].full_kv_num_blocks.sum()
-        visited += int(blocks) * np.prod(masks[kind].BLOCK_SIZE)
+    for kind in getattr(config, "layer_types", None) or [None] * config.num_hidden_layers:
+        mask = masks[kind] if kind else masks  # models whose layers are alike have one mask
+        blocks = mask.kv_num_blocks.sum() + mask.full_kv_num_blocks.sum()
+        visited += int(blocks) * np.prod(mask.BLOCK_SIZE)
     return 2 * 2 * config.num_attention_heads * config.head_dim * visited
 
 
@@ -343,7 +346,8 @@ def head_cost(config, N, held):
     shapes, options = (N, config.vocab_size), {"dtype": torch.bfloat16, "requires_grad": True}
     with FakeTensorMode(), Counter(widening=False) as counter:
         states, weight = (torch.empty(n, config.hidden_size, **options) for n in shapes)
-        inputs = states, weight, torch.empty(N, dtype=torch.int64), config.final_logit_softcapping
+        softcap = getattr(config, "final_logit_softcapping", None)
+        inputs = states, weight, torch.empty(N, dtype=torch.int64), softcap
         inputs += (states, weight) if held else (None, None)
         logps, kl, *_ = scale._TokenStatistics.apply(*inputs, scale.VOCABULARY_SLICE["cuda"], False, False)
         (logps + kl if held else logps).sum().backward()
@@ -409,8 +413,11 @@ def cell(name, batch, ranks, cards, **way) -> str:
     return f"{gb:.1f} ({next((card for card, GB in cards.items() if gb + RESERVE <= GB), 'none of these')})"
 
 
-def main():
+def main(argv=None):
     """Print the tables: GB on each of 4 ranks, and on one card."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.error = refuse
+    parser.parse_args(argv)  # it has no flags but --help
     cards = {name: card["GB"] for name, card in CARDS.items()}
     rules = {name: PRESETS[name].get("optimizer", Config.optimizer) for name in MODELS}
     # Of train.py: --micro_batch_tokens 8192, its default, and 16384.
@@ -431,4 +438,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -14,8 +14,8 @@ or a table sets itself, is refused, and every child's command is read by its own
 
 No score is computed here: train.py, eval_diversity.py and experiments.control run as processes, on all cards
 that there are, and the keys of what they write are the tables' columns (accuracies in %, entropies and KL in
-nats). A run that is done is not repeated. ± is the sample's deviation (n − 1) over seeds: over orders of the
-data and draws of samples.
+nats). A run that is done is not repeated. ± is the sample's deviation (n − 1) over seeds, which set the
+order of the data and the samples.
 """
 
 import argparse
@@ -77,7 +77,7 @@ FRONTIER = {  # every β, every α for each (FPO's times the preset's); γ is th
     "free": ((0.1, 0.3, 1.0, 3.0, 10.0, 30.0), (0.0,)),
     "fpo": ((0.1, 1.0, 3.0, 10.0), (0.2, 1.0, 4.0)),
 }
-REACHED = {"kl_rejected": "KL of the rejected (nats)", "mse_rejected": "D_FPO of the rejected (activation²)"}
+REACHED = {"kl_rejected": "KL of the rejected (nats)", "mse_rejected": "D_FPO of the rejected"}
 # Columns of the tables.
 ENTROPIES = ("entropy", "teacher_forced_entropy", "teacher_forced_entropy_all", "paper_entropy")
 DISTANCES = ("kl_chosen", "kl_rejected", "mse_chosen", "mse_rejected")
@@ -306,7 +306,7 @@ def draw_figures(assets, results: dict):
     drawn = {}
     if part := results.get("comparison"):
         drawn["kl"] = figures.draw_distance(part["rows"], "kl", "KL(ref‖policy) (nats)", METHODS[1:])
-        drawn["mse"] = figures.draw_distance(part["rows"], "mse", "D_FPO (activation²)", METHODS[1:])
+        drawn["mse"] = figures.draw_distance(part["rows"], "mse", "D_FPO", METHODS[1:])
         drawn["features"] = figures.draw_features(part["features"])
     if part := results.get("frontier"):
         drawn["frontier"] = draw_frontier(part["rows"], part["settings"])
@@ -314,12 +314,17 @@ def draw_figures(assets, results: dict):
         figures.save(figure, Path(assets, f"{name}.svg"))
 
 
+def alpha_at(wanted: float, D, alphas) -> float:
+    """α at which D is `wanted`, to two digits: log D is taken as linear in log α; beyond all the nearest."""
+    log_D, log_alpha = zip(*sorted(zip(np.log(D), np.log(alphas), strict=True)), strict=True)
+    return float(f"{np.exp(np.interp(np.log(wanted), log_D, log_alpha)):.2g}")
+
+
 def equal_size_alpha(rows) -> float:
-    """α at which FPO without the SAE ends with FPO's D_FPO: between STATE_ALPHAS' runs, in logarithms."""
+    """α at which FPO without the SAE ends with FPO's D_FPO, from STATE_ALPHAS' runs."""
     names = ["fpo", *(name_of("no_sae", ("--alpha", f"{alpha:g}")) for alpha in STATE_ALPHAS)]
-    wanted, *D = (np.log(statistics.mean(values_of(rows, name, "mse_rejected"))) for name in names)
-    D, alphas = zip(*sorted(zip(D, np.log(STATE_ALPHAS), strict=True)), strict=True)
-    return float(f"{np.exp(np.interp(wanted, D, alphas)):.2g}")  # beyond them the nearest
+    wanted, *D = (statistics.mean(values_of(rows, name, "mse_rejected")) for name in names)
+    return alpha_at(wanted, D, STATE_ALPHAS)
 
 
 def run_task(args):
@@ -345,11 +350,8 @@ def parse_args(argv=None):
     """Our flags, and `flags`, the children's by name. Defaults follow from the preset. All is checked."""
     about = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser(allow_abbrev=False, **about)
-    kinds, names = (
-        parser.add_subparsers(dest="task", required=True, metavar="TASK"),
-        (*PLANS, "figures", "curves"),
-    )
-    kind = {task: kinds.add_parser(task, allow_abbrev=False) for task in names}
+    tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
+    kind = {task: tasks.add_parser(task, allow_abbrev=False) for task in (*PLANS, "figures", "curves")}
     for each in (parser, *kind.values()):
         each.error = refuse
     for task in PLANS:
@@ -370,6 +372,8 @@ def parse_args(argv=None):
         check(args)
     elif args.flags:
         refuse(f"--{next(iter(args.flags))}: {args.task} has no such flag")
+    if args.task == "curves":
+        runtime.check_output("svg", args.svg, folder=False)
     return args
 
 

@@ -71,7 +71,7 @@ def flags_for(args, child: str) -> list[str]:
     given = {name: words for name, words in args.flags.items() if knows(child, name)}
     if child == "score":
         training, held_out = (given.pop(name, [None])[1:] for name in ("dataset", "eval_dataset"))
-        given["train_pairs"] = ["--train_pairs", *training]  # alone: the preset's
+        given["train_pairs"] = ["--train_pairs", *training]  # without a value: the preset's pairs
         given |= {"dataset": ["--dataset", *held_out]} if held_out else {}
     return list(itertools.chain(*given.values()))
 
@@ -133,8 +133,9 @@ def do_commands(commands, log: Path):
             env = {**os.environ, "OMP_NUM_THREADS": "1"}
             words = [sys.executable, *command[1:]]
             if status := subprocess.run(words, stdout=file, stderr=file, env=env).returncode:
-                last = log.read_text().strip().rpartition("\n")[2]
-                refuse(f"{log}: a command ended with status {status}: {last:.300}")
+                said = log.read_text().strip().splitlines() or [""]
+                told = [line for line in said if line.startswith("error")] or said  # torchrun adds more
+                refuse(f"{log}: a command ended with status {status}: {told[-1]:.300}")
 
 
 def do_run(run: dict) -> str:
@@ -144,6 +145,8 @@ def do_run(run: dict) -> str:
         return run["folder"]
     (folder / "run.json").unlink(missing_ok=True)
     do_commands(run["commands"], folder / "log.txt")
+    if run["method"] != "sft" and not (folder / "scores.json").exists():  # a signal ended it, with status 0
+        refuse(f"{folder}: the training was stopped; the same command goes on with the others")
     made = runtime.made_by() | {"seconds": round(time.perf_counter() - began, 1)}
     runtime.write_json(folder / "run.json", run | made)
     return run["folder"]

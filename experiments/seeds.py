@@ -3,11 +3,10 @@
     python -m experiments.seeds --model SMOLLM2 --pairs instruction-data-with-preference.json
     python -m experiments.seeds    the tables and the figure again, from the record alone
 
-SMOLLM2 is a folder or hub name of SmolLM2-135M-Instruct. The pairs are a file of the public repository
-rasbt/LLMs-from-scratch (Apache-2.0), in ch07/04_preference-tuning-with-dpo. They are split by prompt into
-three sets: `choose`, on which α and SimPO's learning rate are chosen; `train`; and `score`, which is read for
-the results alone. A run is a training of 16 steps of 8 pairs, and the scores of every pair. It becomes a line
-of ASSETS/seeds.json as soon as it ends, and a later start goes on behind it.
+SMOLLM2: SmolLM2-135M-Instruct, a folder or hub name. The pairs are in rasbt/LLMs-from-scratch on GitHub,
+ch07/04_preference-tuning-with-dpo, and are split by prompt into three sets: `choose`, on which α and SimPO's
+learning rate are chosen; `train`; and `score`, read for the results alone. A run is a training of 16 steps of
+8 pairs, and the scores of every pair: a line of ASSETS/seeds.json, after which a later start goes on.
 
 Differences between methods are paired: with one seed all see the same pairs in the same order, and all are
 scored on the same pairs. `interval` says how far they can be trusted.
@@ -43,7 +42,7 @@ from runtime import refuse
 from sae import SAE, load_sae, sae_figures, write_sae
 
 SPLIT_SEED, SIZES = 0, {"choose": 130, "score": 420}  # pairs at least; `train` has all others
-SEEDS = (0, 1, 2, 3, 4)
+SEEDS, CHOOSING_SEED = (0, 1, 2, 3, 4), 9  # no run that is scored has the second
 WIDTH, SAE_STEPS, TOKENS = 2048, 2000, 2048  # of the SAEs (3.6 times SmolLM2's d); most tokens of a forward
 # Flags of every training. Scores are made here, of single pairs; the ends that train.py scores are 8 pairs.
 TRAINING = "--batch_size 8 --steps 16 --lr 2e-5 --feature_scale rms --eval_every 0 --no_eval_kl --show 0"
@@ -56,15 +55,16 @@ def read_pairs(path) -> list[dict]:
 
     An input stands behind its instruction, after an empty line. Pairs of two equal responses are left out.
     """
-    text, pairs = Path(path).read_text(), []
+    pairs = []
     try:
+        text = Path(path).read_text()
         records = json.loads(text) if text.lstrip().startswith("[") else map(json.loads, text.splitlines())
         for record in records:
-            asked = [record[key] for key in ("prompt", "instruction", "input") if record.get(key)]
-            pair = {"prompt": "\n\n".join(asked), "chosen": record["chosen"], "rejected": record["rejected"]}
+            asked = data.question_of(record)[1]
+            pair = {"prompt": asked, "chosen": record["chosen"], "rejected": record["rejected"]}
             if pair["chosen"] != pair["rejected"]:
                 pairs.append(pair)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         refuse(f"--pairs {path}: no list of pairs of instruction, chosen and rejected: {error!r}")
     return pairs
 
@@ -129,7 +129,7 @@ def make_saes(args, places: dict[str, int]):
         if (folder / "made.json").exists():
             continue
         if layer not in read:
-            read = {layer: [read_states(args, part, layer) for part in ("train", "choose")]}
+            read = {layer: [read_states(args, part, layer).cpu() for part in ("train", "choose")]}
         states, others = read[layer]  # (n, d) each
         if name == "random":  # as sparse as the first of them
             l0 = runs.read_json(args.out / "sae_last/made.json")["l0_of_training"]
@@ -157,7 +157,7 @@ class Reference(fpo.Policy):
 
     def _read(self, batch):
         """As fpo.Policy's: states, the head's weight and what the SAE reads; kept for the next run."""
-        key = batch.tokens.numpy().tobytes()
+        key = batch.tokens.cpu().numpy().tobytes()
         if key not in self.seen:
             self.seen[key] = super()._read(batch)
         return self.seen[key]
@@ -245,7 +245,6 @@ LINES: dict[str, tuple] = {
 # What the two claims need comes first. (SAEs that a stage needs, its lines)
 STAGES = ((("last",), list(LINES)[:6]), (("random",), list(LINES)[6:10]), (("middle",), list(LINES)[10:]))
 ALPHAS, RATES = (3e3, 1e4, 3e4), (2e-6, 6e-6, 2e-5)
-CHOOSING_SEED = 9  # no run that is scored has it
 BEFORE = {"name": "before", "task": "none", "seed": 0, "flags": []}  # the reference, not trained
 
 
@@ -284,16 +283,14 @@ def choose_flags(args, pool, record, name: str) -> list[str]:
 def equal_alpha(distances, wanted: float, alpha: float) -> float:
     """α at which D is `wanted`, to two digits. distances: D of each α of a list; it falls as α rises.
 
-    Tried are `alpha` and 4 times that, and a third beyond them where `wanted` is. Between two of them log D
-    is taken as linear in log α; beyond all the nearest is taken.
+    Tried are `alpha` and 4 times that, and a third beyond them where `wanted` is.
     """
     alphas = [alpha, 4 * alpha]
     D = distances(alphas)
     if not min(D) <= wanted <= max(D):
         alphas.append(alpha / 4 if wanted > max(D) else 16 * alpha)
         D += distances(alphas[2:])
-    log_D, log_alpha = zip(*sorted(zip(np.log(D), np.log(alphas), strict=True)), strict=True)
-    return float(f"{np.exp(np.interp(np.log(wanted), log_D, log_alpha)):.2g}")
+    return reproduce.alpha_at(wanted, D, alphas)
 
 
 def scored_runs(args, pool, record, name: str) -> list[dict]:
@@ -458,11 +455,14 @@ def parse_args(argv=None):
     flag("--model", help="SmolLM2-135M-Instruct, a directory or hub name; none: nothing is run")
     flag("--pairs", help="the file of pairs")
     flag("--out", default="runs/seeds", type=Path, help="folder of SAEs, reference and runs (runs/seeds)")
-    flag("--at_once", type=int, default=os.cpu_count(), help="runs side by side, a thread each (one a core)")
+    most = 1 if torch.cuda.is_available() else os.cpu_count()
+    flag("--at_once", type=int, default=most, help="runs side by side, a thread each (cores; CUDA: 1)")
     flag("--assets", default="assets", type=Path, help="folder of seeds.json, .md and .svg (assets)")
     args = parser.parse_args(argv)
     if (args.model is None) != (args.pairs is None):
         refuse("--model and --pairs: both or none")
+    if args.at_once < 1:
+        refuse(f"--at_once {args.at_once}: must be at least 1")
     for name in ("out", "assets"):
         runtime.check_output(name, getattr(args, name), folder=True)
     return args
@@ -489,9 +489,9 @@ def main(argv=None):
                 record = open_record(args.assets / "seeds.json", stand_on(args, sets, made))
                 many = [run for name in names for run in scored_runs(args, pool, record, name)]
                 do_runs(args, pool, record, many)  # all together: no core waits for a line's last seed
-    record = runs.read_json(args.assets / "seeds.json")
-    text = "\n".join(make_tables(record))
-    runtime.write_text(args.assets / "seeds.md", text)
+    if not (record := runs.read_json(args.assets / "seeds.json")):
+        refuse(f"--assets {args.assets}: no seeds.json; --model and --pairs make one")
+    runtime.write_text(args.assets / "seeds.md", text := "\n".join(make_tables(record)))
     figures.save(draw(record), args.assets / "seeds.svg")
     print(text)
 

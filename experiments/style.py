@@ -2,7 +2,7 @@
 
     python -m experiments.style --models runs/toy/dpo/model runs/toy/fpo/model
 
-Others found that preference training moves mostly features of style (docs/results.md, "Since the paper").
+Others found that preference training moves mostly features of style (docs/since.md).
 Here answers are drawn with each cause by itself: style, the things named, whether they are what was asked
 for, their number, the tone. How much of a feature's variance over answers a cause explains (η²) says what the
 feature is of. Then, on the held-out pairs, whose features a trained model moves, and which of them I_k takes.
@@ -103,6 +103,8 @@ def main(argv=None):
     flag("--reference", default="runs/toy/model", help="the model that training started from")
     flag("--answers", type=int, default=3000, help="answers that say what a feature is of")
     args = parser.parse_args(argv)
+    if args.answers < 2:
+        runtime.refuse(f"--answers {args.answers}: must be at least 2")
     tokenizer, sae = data.load_tokenizer(args.reference), load_sae("runs/toy/sae", layer=3, width="512")
     names = (args.reference, *args.models)
     policies = [fpo.Policy(load_lm(name, "cpu"), [sae], SITES).eval() for name in names]

@@ -191,10 +191,21 @@ def test_a_done_run_is_not_repeated_and_a_failed_one_ends_all(tmp_path, monkeypa
     (start / "model.safetensors").write_bytes(b"weights")
     options = parse(tmp_path, ["comparison", "--model", str(start), "--seeds", "0", "--cache_dir", "a  b"])
     done, lines = [], [("FPO", "fpo", (), ()), ("again", "fpo", (), ()), ("DPO", "dpo", (), ())]
-    fake = SimpleNamespace(run=lambda words, **_: done.append(words) or reply)
-    monkeypatch.setattr(runs, "subprocess", fake)
+
+    def run(words, **_):
+        """A child: a training that ends leaves its scores."""
+        done.append(words)
+        if "train" in words and whole:
+            runtime.write_json(f"{value_of(words, '--out')}/scores.json", {})
+        return reply
+
+    monkeypatch.setattr(runs, "subprocess", SimpleNamespace(run=run))
     monkeypatch.setattr(runs, "collect", lambda folder: folder.rsplit("/", 1)[-1])
-    reply = SimpleNamespace(returncode=0)
+    reply, whole = SimpleNamespace(returncode=0), False
+    with pytest.raises(runtime.UserError, match="seed0: the training was stopped"):  # by a signal: status 0
+        runs.do_lines(options, lines[:1])
+    whole = True
+    done.clear()
     assert runs.do_lines(options, lines) == ["fpo_seed0", "dpo_seed0"]
     assert len(done) == 6  # each: train, score, measure
     # Paths with spaces, even two of them, are words of their own.
