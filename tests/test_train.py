@@ -36,6 +36,7 @@ import losses
 import metrics
 import offline
 import runtime
+import scale
 import settings
 import train
 from data import load_pairs, load_tokenizer
@@ -84,6 +85,7 @@ def test_two_ranks_do_what_one_does(folder, fork):
 LEAVES = """
 import gc
 import torch
+import scale
 import train
 
 real = torch.distributed.destroy_process_group
@@ -262,6 +264,24 @@ def test_blocks_are_made_again_in_the_backward(folder, monkeypatch):
     assert with_it - without == 4 * (1 + 1 + 3)
     a, b = (lines_of(flag[2:]) for flag in counts)
     assert [line["grad_norm"] for line in a] == pytest.approx([line["grad_norm"] for line in b], rel=1e-5)
+
+
+def test_memory_is_tried_before_the_first_step(folder, monkeypatch):
+    """By the largest micro-batch of the run, beside the optimizer's states: a full card is told at once."""
+    made, taken = [], []  # the optimizer; of each stream its groups, and whether there were states by then
+    make, stream = scale.make_optimizer, train.stream
+    monkeypatch.setattr(scale, "make_optimizer", lambda *a, **kw: made.append(make(*a, **kw)) or made[0])
+
+    def noted(pairs, groups, **options):
+        """train.py's stream; scores have their own."""
+        taken.append(([int(pairs.sizes[group].sum()) for group in groups], len(made[0].state)))
+        return stream(pairs, groups, **options)
+
+    monkeypatch.setattr(train, "stream", noted)
+    run("--method", "fpo", *FEW, "--micro_batch_tokens", "400")
+    (trial, states), (steps, _) = taken
+    assert trial == [max(steps)] and min(steps) < max(steps)
+    assert states == len(made[0].param_groups[0]["params"])
 
 
 def test_scores_on_the_way_are_those_of_the_model_then(folder):
