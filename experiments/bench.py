@@ -187,6 +187,7 @@ def all_pairs(args):
 def make_policies(args, methods):
     """{method: its Policy}, on one model; FPO's has an SAE, the first that needs it holds a reference."""
     lm = make_lm(args)
+    # One Policy for all; below FPO gets one that reads an SAE, methods with a KL one that holds a reference.
     policies, layers = dict.fromkeys(methods, fpo.Policy(lm)), [*lm.model.layers]
     if "fpo" in methods:  # a random SAE at the last layer; 1 feature in 300 is active, as in Gemma Scope
         d, m = lm.config.hidden_size, args.sae_width
@@ -210,6 +211,7 @@ def make_steps(args, policies):
     lm, pairs = next(iter(policies.values())).lm, make_pairs(args, args.pairs)
     parameters = list(lm.parameters())
     sizes = torch.tensor([p.numel() for p in parameters])
+    # The first parameters that make up 1 / rank_of of all numbers stand for a rank's share.
     share = int((sizes.cumsum(0) < sizes.sum() / args.rank_of).sum()) + 1  # of which one rank has states
     optimizer = scale.make_optimizer(args.rule, parameters[:share], 5e-7, shard=False)
     with torch.no_grad():  # what Phase 1 would have stored
@@ -226,6 +228,7 @@ def make_steps(args, policies):
             statistics, held = policies[method](batch.to(lm.device))
             loss, _ = fpo.method_loss(method, statistics, held or reference, **settings)
             (loss.sum() / len(pairs)).backward()
+        # At 1, not Table 5's 10: with random weights every step is then clipped, the dearer case.
         if (norm := scale.gradient_norm(parameters).item()) > 1:
             scale.scale_gradients_(parameters, 1 / (norm + 1e-6))
         optimizer.step()
@@ -341,6 +344,7 @@ def methods_table(args):
         refuse("--peer trl: pip install trl==1.16.0")
     if args.peer:  # big tensors stay in malloc's heap: else page faults decide, and most of them are TRL's
         os.environ |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+    # Memory and FLOPs: each method alone, one round. Time: all in turn, in one process.
     alone = {name: measure_alone(args, [name], 1)[1:] for name in names}
     times = measure_alone(args, names + ["product"] * (not CUDA), args.rounds)[0]
     first, pairs = names[0], make_pairs(args, args.pairs)
@@ -354,6 +358,7 @@ def methods_table(args):
         row[f"time/{first}"] = np.median(times[name] / times[first])
         row[f"memory/{first}"] = peak / alone[first][0]
         if not CUDA:
+            # (flops / s) / (2 n³ / s of the product), of the same rounds
             share = flops / (2 * PRODUCT**3) * np.median(times["product"] / times[name])
             row |= {"GFLOP/s": flops / s / 1e9, "of product": share}
         for card, limits in CARDS.items():
@@ -429,6 +434,7 @@ def updates():
     rows, lr, size = [], 5e-7, 2**16
     for rule, kind in (("adam", torch.optim.Adam), ("rmsprop", torch.optim.RMSprop)):
         torch.manual_seed(0)
+        # A gradient is a drift and noise of the same size, so that moves add up.
         start, drift = (0.02 * torch.randn(size)).bfloat16(), torch.randn(size)
         weights = master, plain, exact = [w.clone().requires_grad_() for w in (start.float(), start, start)]
         optimizers = [kind([master], lr, foreach=False), kind([plain], lr, foreach=False)]
@@ -440,6 +446,7 @@ def updates():
                 weight.grad = gradient.to(weight.dtype)
                 optimizer.step()
             moves = master != before[0]
+            # counted where the float32 master moved
             moved += int(moves.sum())
             lost += int((moves & (plain == before[1])).sum())
             joined = scale.join(exact.detach(), optimizers[2].state[exact]["rest"])

@@ -70,10 +70,12 @@ def answer_all(lm, tokenizer, kind, questions, *, temperature, seed, max_new_tok
         for turn in range(len(turns)):  # what has one turn's number and one temperature is sampled together
             groups.setdefault((turn, own if temperature is None else temperature), []).append(i)
     options = {"max_new_tokens": max_new_tokens, "top_p": 1.0, "sample_batch": 32}
+    # First turns come before second ones, whose prompts hold the first answers.
     for (turn, heat), here in sorted(groups.items()):
         for i in here:
             talks[i].append({"role": "user", "content": questions[i][1][turn]})
         prompts = [chat.ids(talks[i], ask=True) for i in here]
+        # Turns differ in their seed, and no two values of --seed share one.
         options |= {"temperature": heat, "seed": 2 * seed + turn}
         for i, (tokens,) in zip(here, sample_responses(lm, tokenizer, prompts, **options), strict=True):
             text = tokenizer.decode(tokens, skip_special_tokens=True).strip()

@@ -70,10 +70,12 @@ def attention() -> dict:
     generator, sizes = torch.Generator().manual_seed(0), []
     while sum(sizes) < 7800:  # prompts and responses of pairs as they come
         sizes.append(int(torch.randint(100, 500, (1,), generator=generator)))
+    # a third each: prompt, chosen, rejected
     pairs = Pairs([([5] * n, [6] * n, [7] * n) for n in (size // 3 for size in sizes)])
     batch = collate(pairs, range(len(pairs)), layout="shared", row_tokens=16384, row_multiple=128).to("cuda")
     flex, L = SimpleNamespace(_attn_implementation="flex_attention"), batch.tokens.shape[1]
     mask = fpo.attention_mask(batch, flex, torch.bfloat16)
+    # q, k, v; of k and v there are fewer heads (grouped queries)
     shapes = ((1, n, L, width) for n in (heads, kv_heads, kv_heads))
     q, k, v = (torch.randn(s, device="cuda", dtype=torch.bfloat16, requires_grad=True) for s in shapes)
 

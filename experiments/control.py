@@ -115,6 +115,7 @@ def read(lm, batch, layer: int, sae=None):
 
     mask = fpo.attention_mask(batch, lm.config.get_text_config(), lm.dtype)
     rows = {"input_ids": batch.tokens, "position_ids": batch.positions, "attention_mask": mask}
+    # The splice is registered first, so SiteHook reads the rebuilt states.
     with decoder_layers(lm)[layer].register_forward_hook(splice), SiteHook(lm, layer) as hook:
         logits = lm(**rows, use_cache=False).logits.flatten(0, 1)[batch.state]  # (N, V)
     logps = logits.float().log_softmax(-1).gather(1, batch.target[:, None])[:, 0]
@@ -184,6 +185,7 @@ def choose_features(inside, outside, criterion: str, *, n=50, seed=0) -> list[in
     """
     (mean, largest), (mean_b, _) = inside, outside
     if criterion == "random":
+        # pooled features are at least 0: a sum of 0 is active in neither
         active = (mean + mean_b).nonzero()[:, 0]
         return active[torch.randperm(len(active), generator=torch.Generator().manual_seed(seed))][:n].tolist()
     difference = mean - mean_b

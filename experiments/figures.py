@@ -48,6 +48,7 @@ PANELS = (
 def new_figure(panels: int, columns: int):
     """A transparent figure, at most 900 pixels wide, and its `panels` axes. To be called within STYLE."""
     rows = math.ceil(panels / columns)
+    # inches: 9.4 at 96 pixels each are 900
     figure = Figure(figsize=(min(9.4, 1 + 4 * columns), 0.6 + 2.8 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     figure.patch.set_alpha(0)
@@ -113,6 +114,7 @@ def draw_crosses(panels):
 def save(figure, path):
     """A figure as SVG: the same bytes for the same figure. Written aside and renamed."""
     aside = Path(f"{path}.tmp")
+    # The salt of a figure's ids is its name, so they are the same at every drawing.
     with writing(aside), matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": Path(path).stem}):
         aside.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(aside, format="svg", metadata={"Date": None})
@@ -166,6 +168,7 @@ def read_metrics(folder) -> tuple[list[dict], dict]:
         lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
         ends = Path(folder, "scores.json")
         ends = json.loads(ends.read_text()) if ends.exists() else None
+        # {step: its scores}: before training, along the way, after it
         scored = {0: ends["before"]} if ends else {}
         for line in lines:
             found = {name[5:]: value for name, value in line.items() if name.startswith("eval_")}

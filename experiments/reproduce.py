@@ -226,6 +226,7 @@ def best_within(rows, names, key: str, level: float) -> float:
     best = {name: [] for name in names}
     for row in (row for row in rows if row["name"] in best):
         points = list(zip(row["curve"][key], row["curve"]["accuracy"], strict=True))
+        # each evaluation within the level; and where the curve crosses it, the point between two
         found = [accuracy for distance, accuracy in points if distance <= level]
         for (before, low), (after, high) in itertools.pairwise(points):
             if before <= level < after:
@@ -245,6 +246,7 @@ def compare(rows, settings: dict, key: str) -> str:
     settings: {method: names of its runs}.
     """
     most = min(reach_of(rows, names, key) for names in settings.values())
+    # from 3 % of what all methods reach to all of it
     levels = [float(f"{share * most:.2g}") for share in (0.03, 0.1, 0.3, 1.0)]
     best, lines = [], []
     for method, names in settings.items():
@@ -262,6 +264,7 @@ def draw_frontier(rows, settings: dict):
         reach = {method: reach_of(rows, names, key) for method, names in settings.items()}
         first, envelopes = min(reach.values()) / 50, {}
         for method, names in settings.items():
+            # 41 levels, evenly spaced in logarithms
             grid = [first * (reach[method] / first) ** (i / 40) for i in range(41)]
             envelopes[method] = grid, [[best_within(rows, names, key, level) for level in grid]]
         panels.append(("", f"within this {what}", "best accuracy, held out", envelopes))
@@ -332,6 +335,7 @@ def run_task(args):
     plan, more = PLANS[args.task](args), {}
     rows = runs.do_lines(args, lines_of(plan))
     if args.task == "ablation":  # one line more, which those runs tell
+        # runs that are done are not repeated
         plan = ablation_plan(args, equal_size_alpha(rows))
         rows = runs.do_lines(args, lines_of(plan))
     if args.task == "frontier":

@@ -116,6 +116,7 @@ def make_run(args, method: str, flags, seed: int) -> dict:
     measuring += ["--seed", str(seed)] if args.task == "control" else []
     commands = [training] if method != "sft" else []
     if args.task != "frontier":  # training's own evaluations are enough there
+        # lines with flags of their own are in no table that shows measures
         commands += [scoring] if flags and args.task != "control" else [scoring, measuring]
     return {"name": name, "method": method, "seed": seed, "folder": out, "commands": commands}
 

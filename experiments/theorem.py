@@ -59,6 +59,7 @@ def position_bounds(reference, policy, sae, h_ref, h) -> dict:
     z_ref, z = logits_of(reference, h_ref), logits_of(policy, h)
     log_ref, log_pi = z_ref.log_softmax(-1), z.log_softmax(-1)
     dh, dc = h.double() - h_ref.double(), (sae.encode(h) - sae.encode(h_ref)).double()
+    # Δe: the part of Δh that the decoder does not give back
     de = dh - dc @ sae.W_dec.double()
     dh, dc, de = (x.norm(dim=-1) for x in (dh, dc, de))
     M = product_norm(sae.W_dec, reference.get_output_embeddings().weight)
@@ -76,10 +77,12 @@ def summarise(table, owner, c_ref, c, *, k: int, ceiling: float) -> dict:
     kl, row = table["kl"], {"kl": table["kl"].mean().item()}
     for name in ("lemma", "theorem"):
         bound = table[name]
+        # Below 1e-12 nats the ratio would be one of roundings.
         row[name] = {"mean": bound.mean().item(), "ratio": (bound / kl)[kl > 1e-12].median().item()}
         row[name]["holds"] = (kl <= bound).double().mean().item()
         row[name]["below"] = (bound < ceiling).double().mean().item()
     row["missed"] = (table["de"] / table["dh"]).nanmedian().item()
+    # Σ_t ‖Δc_t‖² of each response, (R,)
     total = table["dc"].new_zeros(len(c)).index_add(0, owner, table["dc"].square())
     row["dc"] = (total / owner.bincount()).mean().item()
     row["pooled"] = (c - c_ref).square().sum(-1).mean().item()

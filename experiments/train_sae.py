@@ -12,6 +12,7 @@ far below the held-out FVU means too few tokens; many dead features: too large a
 """
 
 import argparse
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -93,10 +94,14 @@ def main(argv=None):
     if args.layer is None:
         args.layer = lm.config.get_text_config().num_hidden_layers - 1
     try:
+        # A hook for a moment: whether there is such a site, and how wide it is.
         with SiteHook(lm, args.layer, args.site) as hook:
             site = SimpleNamespace(d=hook.d)  # more than its width is not asked of an SAE to read states
     except ValueError as error:
         refuse(f"--layer {args.layer}: {error}")
+    there = Path(args.out, "" if args.site == "res" else args.site, f"layer_{args.layer}")
+    if there.exists():  # of several train.py would take the one with the L0 nearest to 100
+        refuse(f"--out {args.out}: it has an SAE there, {there}; take another folder")
     policy = Policy(lm, [site], [(args.layer, args.site)])
     pairs = data.load_pairs(args.dataset, tokenizer)
 

@@ -301,6 +301,15 @@ def test_a_run_that_begins_anew(folder, whole):
     assert Path("cut/earlier_1/state/step_00000004/state.json").exists()
 
 
+def test_a_resume_may_begin_to_score_the_kl(folder, capsys):
+    """What was not scored at the start stands as NaN beside what is at the end."""
+    run_until(3, "--out", "cut", "--save_every", "2")
+    run("--out", "cut", "--resume", "--eval_kl")
+    before, after = (json.loads(Path("cut/scores.json").read_text())[end] for end in ("before", "after"))
+    assert re.search(r"kl_rejected +nan +\d", capsys.readouterr().out)
+    assert "kl_rejected" not in before and after["kl_rejected"] > 0
+
+
 def test_a_folder_s_files_are_one_run_s(folder):
     """A second run that dies on its way leaves no settings of its own beside the first one's model."""
     run("--out", "two", "--steps", "2")

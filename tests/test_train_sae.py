@@ -68,6 +68,8 @@ def test_from_a_model_and_pairs_to_an_sae(world, tmp_path, monkeypatch, capsys):
     flags = ["--model", "mine", "--dataset", "pairs.jsonl", "--width", "128", "--out", "my sae"]
     train_sae.main([*flags, "--layer", "2", "--tokens", "4000", "--steps", "200"])
     *_, figures, path = capsys.readouterr().out.splitlines()
+    with pytest.raises(UserError, match="--out my sae: it has an SAE there, my sae/layer_2; take another"):
+        train_sae.main([*flags, "--layer", "2", "--width", "64"])
     l0, fvu, _ = (float(number) for number in re.findall(r"\d+\.\d+", figures))
     assert path == f"my sae/layer_2/width_128/average_l0_{round(l0)}/params.npz"
     # What it prints is of the pairs held out.
