@@ -416,7 +416,7 @@ def make_tables(record) -> list[str]:
         heads = [f"less {label_of(record, other)}", "seeds", *(head for _, head in COLUMNS.values())]
         text = ["| " + " | ".join(heads) + " |", "|---" + "|---:" * (len(heads) - 1) + "|"]
         for name in [name for name in done if name not in ("before", other)]:
-            found = [difference(record, name, other, column) for column in COLUMNS]
+            found = [np.round(difference(record, name, other, column), 9) for column in COLUMNS]  # no -1e-17
             cells = [f"{mean:+.3g} [{low:.3g}, {high:.3g}]" for mean, low, high in found]
             seeds = str(len(shared_seeds(record, name, other)))
             text.append("| " + " | ".join([label_of(record, name), seeds, *cells]) + " |")
