@@ -107,7 +107,7 @@ def draw_crosses(panels):
                 look = {"color": LOOKS[method][1], "marker": marker, "ms": 6, "lw": 1, "ls": "none"}
                 ax.errorbar(x, y, yerr=yerr, xerr=xerr, label=label, **look)
         handles = axes[0].get_legend_handles_labels()
-        figure.legend(*handles, loc="outside lower center", ncols=3)
+        figure.legend(*handles, loc="outside lower center", ncols=2)
     return figure
 
 
