@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import gc
 import importlib.util
-import math
 import multiprocessing
 import os
 import tempfile
@@ -354,7 +353,7 @@ def methods_table(args):
     for name in names:
         s, (peak, flops) = np.median(times[name]), alone[name]
         row = {"name": name, "ms": 1e3 * s, "pairs/s": args.pairs / s, "peak GB": peak}
-        row["fill"] = tokens / computed if name in losses.METHODS else math.nan  # of a peer unknown
+        row["fill"] = tokens / computed if name in losses.METHODS else "unknown"
         row[f"time/{first}"] = np.median(times[name] / times[first])
         row[f"memory/{first}"] = peak / alone[first][0]
         if not CUDA:
