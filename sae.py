@@ -162,6 +162,7 @@ def load_sae(source, *, layer=None, width="16k", site="res", average_l0=None) ->
     path = Path(source).expanduser()
     choose = partial(_choose_file, layer=layer, width=width, site=site, average_l0=average_l0)
     if path.is_file():  # one SAE, whatever its name
+        _check_site(path.absolute().as_posix(), str(source), site)
         sae = _read_sae(path)
     elif path.is_dir():
         by_site = [name for name in FOLDERS if (path / name).is_dir()]

@@ -69,9 +69,7 @@ class Config:
     layout: Literal["auto", "shared", "separate"] = flag("auto", "the prompt once a pair (shared) or twice")
     activation_checkpointing: bool = flag(True, "compute activations again in the backward (Table 5)")
     compile: bool = flag(True, "torch.compile each layer; without effect on the CPU")
-    shard: Literal["none", "states", "fsdp"] = flag(
-        "states", "what is split over ranks: optimizer's states, all"
-    )
+    shard: Literal["none", "states", "fsdp"] = flag("states", "split over ranks: optimizer states, or all")
     # evaluation, interruptions, trackers
     eval_every: int = flag(200, "steps between scores of held-out pairs; 0: at the ends alone")
     eval_kl: bool = flag(True, "load the reference to score the KL, for methods that do without it")

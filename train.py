@@ -455,6 +455,7 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
     bar.close()
     metrics_file.close()
     if stopping and step + 1 < len(steps):
+        stop.restore()
         say(f"stopped by a signal after step {step + 1}; go on with --resume")
     else:
         # ---- what came out: the model first, so that no evaluation can lose it

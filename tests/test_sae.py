@@ -497,8 +497,10 @@ def test_what_the_hub_is_not_asked_for(hub, tmp_path):
             load_sae(source, layer=0)
     local = tmp_path / "gemma-scope-2b-pt-att/snapshots/0"  # as in the hub's cache, or a copy
     local.mkdir(parents=True)
-    with pytest.raises(UserError, match="holds site 'att', not 'res'"):
-        load_sae(local)
+    (local / "x.npz").write_bytes(b"")
+    for there in (local, local / "x.npz"):
+        with pytest.raises(UserError, match="holds site 'att', not 'res'"):
+            load_sae(there)
     with pytest.raises(UserError, match="google/gemma-scope-2b-pt-mlp holds site 'mlp', not 'res'"):
         load_sae("google/gemma-scope-2b-pt-mlp", layer=25)
     hub.list.assert_not_called()
