@@ -150,6 +150,7 @@ REFUSED = {
     "--task random --criterion token": "--criterion token: --task random has no use",
     "--task polite --json x.json": "--json x.json: --task polite has no use",
     "--task measure": "--task measure: --json is needed",
+    "--task measure --json x.json --lr 1": "--lr: --task measure trains nothing",
     "--task measure --json x.json --sae_site mlp": "--sae_site mlp: .* `res` alone",
     "--task polite --criterion odd": "odd.*difference.*token",
     "--task polite --sae_layer 0 3": r"--sae_layer \[0, 3\]: --task",

@@ -336,6 +336,9 @@ def test_a_model_is_scored_as_it_was_trained(run):
     settings = eval_diversity.parse_args(words)
     assert settings.config.max_length == 2048 and "ultrafeedback" in settings.config.eval_dataset
     assert settings.method == "fpo" and settings.units == [9.0]
+    words = ["--preset", "own", "--model", "run/model", "--sae", "sae.npz", "--dataset", "other.jsonl"]
+    settings = eval_diversity.parse_args(words)  # no layer: found as training found it
+    assert settings.config.sae_layer == [] and settings.units == [9.0]
     settings = eval_diversity.parse_args(["--model", "reference", "--dataset", "pairs.jsonl"])
     assert settings.method is None and settings.units == [] and settings.config.sae is None
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, LlamaConfig, Qwen3Config
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import batches
@@ -141,3 +141,15 @@ def test_a_step_on_real_tensors(monkeypatch):
     )
     found = plan.plan(config, BATCH, method="dpo", rule="adam", size=4)
     assert found["total"] - found["optimizer"] == pytest.approx(max(held) / 1e9, rel=0.01)
+
+
+def test_attention_of_a_model_without_layer_types():
+    """Llama's: one mask for all layers; a block of queries sees its own block and those before it."""
+    pairs = data.Pairs([([2] * 100, [5] * 100, [6] * 56)])
+    batch = batches.collate(pairs, [0], layout="separate", row_tokens=256, row_multiple=128)
+    config = LlamaConfig(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, head_dim=8)
+    config._attn_implementation = "flex_attention"
+    assert not hasattr(config, "layer_types")
+    # Documents of 200 and 156 tokens in rows of 256: blocks (0, 0), (1, 0) and (1, 1) of each of two rows.
+    visited = 3 * 2 * 3 * 128**2
+    assert plan.attention_flops(config, batch) == 2 * 2 * 4 * 8 * visited
