@@ -347,10 +347,9 @@ def _saelens_place(hook: str) -> tuple[int, str]:
     """Layer and site of a hook's name, TransformerLens' or that of transformers' own block."""
     match = re.fullmatch(r"blocks\.(\d+)\.hook_(resid_pre|resid_post|mlp_out)", hook)
     match = match or re.fullmatch(r"model\.(?:language_model\.)?layers\.(\d+)()", hook)
-    layer = (
-        -1 if match is None else int(match[1]) - (match[2] == "resid_pre")
-    )  # what the block before it left
-    if match is None or layer < 0:
+    # hook_resid_pre is what the block before it left.
+    layer = -1 if match is None else int(match[1]) - (match[2] == "resid_pre")
+    if layer < 0:
         names = "blocks.N.hook_resid_post, hook_resid_pre (N > 0) or hook_mlp_out, or model.layers.N"
         raise UserError(f"cfg.json: hook_name {hook!r} is not understood; it may be {names}")
     return layer, "mlp" if match[2] == "mlp_out" else "res"
@@ -480,7 +479,7 @@ def sae_figures(sae, states):
     for h in states.float().split(1024):
         c = sae.encode(h)  # (1024, m)
         error += (sae.decode(c) - h).double().square().sum().item()
-        active += (c > 0).sum(0)
+        active += (c != 0).sum(0)  # a TopK SAE's can be negative
     variance = (states.double() - states.double().mean(0)).square().sum().item()
     dead = (active == 0).float().mean().item()
     return {"l0": active.double().sum().item() / len(states), "fvu": error / variance, "dead": dead}

@@ -330,47 +330,6 @@ def test_models_that_do_not_fit(reference):
 
 
 # ---- the audit: a forward that is wrong, or not the same twice, is refused before anything is trained
-def test_audit_measures_the_difference(lm, saes):
-    """Our forward and transformers' own agree to rounding, in both layouts; the window of 9 is tested."""
-    for rows in LAYOUTS:
-        found = audit.audit(policy_of(lm, saes), make_pairs(6), k=4, **rows)
-        assert found["difference"] < 1e-5 and found["floor"] < 1e-9 and found["window"] == 9
-
-
-def test_audit_of_conversations(lm):
-    """SFT rows with a user's turn between two answers: both forwards sum the answers' tokens alone."""
-    first, second, said = [5, 6, 7], [8, 9], [20, 21, 22, 23]
-    talk = ([2, 11, 12], first + said + second, [], [1] * 3 + [0] * 4 + [1] * 2)
-    found = audit.audit(fpo.Policy(lm), Pairs([talk, ([2, 4], [5, 6], [])]), layout="shared")
-    assert found["difference"] < 1e-5
-    batch = collate(Pairs([talk]), [0], layout="separate")
-    log_pi = lm(torch.tensor([talk[0] + talk[1]])).logits[0].log_softmax(-1)
-    # The token at place i is predicted at place i - 1; answers stand at places 3 to 5, and 10 and 11.
-    by_hand = sum(log_pi[i - 1, token] for i, token in zip((3, 4, 5, 10, 11), first + second, strict=True))
-    torch.testing.assert_close(fpo.Policy(lm).plain_logps(batch), by_hand[None])
-
-
-@pytest.mark.parametrize("fault", ["softcap", "window", "dropout", "multiplier"])
-def test_audit_refuses(lm, saes, fault, monkeypatch):
-    """What our forward gets wrong is named with its size; dropout shows as two runs that differ."""
-    policy, says = policy_of(lm, saes), "differs from the model's own forward by"
-    statistics, masks = fpo.token_statistics, fpo.attention_mask
-    if fault == "softcap":  # our softcap is read from the config, the model's own from its module
-        monkeypatch.setattr(fpo, "token_statistics", lambda *x, **y: statistics(*x, **{**y, "softcap": None}))
-    elif fault == "window":
-
-        def same(*args):
-            return dict.fromkeys(masks(*args), masks(*args)["full_attention"])
-
-        monkeypatch.setattr(fpo, "attention_mask", same)
-    elif fault == "dropout":
-        says = "two runs of one batch differ"
-        norm = policy.lm.model.norm
-        norm.register_forward_hook(lambda m, a, out: F.dropout(out, 0.1, training=m.training))
-    else:  # a head that scales its input, as some families do
-        policy.lm.lm_head.register_forward_pre_hook(lambda m, args: (args[0] * 1.5,))
-    with pytest.raises(UserError, match=says):
-        audit.audit(policy, make_pairs(6), layout="shared")
 
 
 def test_bf16_weights_have_a_float32_residual_stream(world):

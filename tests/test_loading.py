@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import save_toy
+from conftest import make_lm_with_images, save_toy
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer
 
@@ -111,3 +111,11 @@ def test_positions_that_a_model_has_not(folder):
             else:
                 with pytest.raises(UserError, match=f"a pair of {longest} tokens, the model has {places} "):
                     loading.load_data("dataset", config, tokenizer)
+
+
+def test_layers_of_a_model_with_images_are_compiled(monkeypatch):
+    """They are not where a plain decoder's are. (On CUDA alone, and at their first forward.)"""
+    lm, compiled = make_lm_with_images(), []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda layer: compiled.append(layer))
+    loading.compile_layers(lm, settings.parse_args(["--preset", "toy"]), torch.device("cuda"), [])
+    assert len(compiled) == 3 and compiled == list(lm.model.language_model.layers)

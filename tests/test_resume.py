@@ -21,7 +21,6 @@
 import contextlib
 import hashlib
 import json
-import os
 import pickle
 import random
 import re
@@ -37,7 +36,7 @@ import filelock
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, Evil, finish, lines_of, make_folder, start
+from conftest import ROOT, Evil, lines_of, make_folder
 from safetensors.torch import load_file, save_file
 from transformers import Gemma2ForCausalLM
 
@@ -436,24 +435,6 @@ def test_full_disk(folder, monkeypatch, whole, what):
 
 
 # ---------------------------------------------------------------------------- several ranks
-def torchrun(folder, *words, ranks=2, options=()):
-    return start(folder, ROOT / "train.py", *RUN, *words, ranks=ranks, options=options)
-
-
-def ranks_of(process) -> list[int]:
-    """Process ids of torchrun's ranks."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    return [int(pid) for pid in children.read_text().split()] if children.exists() else []
-
-
-def kill_rank(process, rank, run, after):
-    """kill -9 of a rank once the run has logged so many steps."""
-    while len(lines_of(run)) < after:
-        assert process.poll() is None, process.communicate()[0][-3000:]
-        time.sleep(0.005)
-    wanted = f"\0RANK={rank}\0"
-    (victim,) = (pid for pid in ranks_of(process) if wanted in Path(f"/proc/{pid}/environ").read_text())
-    os.kill(victim, signal.SIGKILL)
 
 
 RANKS = """
@@ -479,36 +460,3 @@ def test_two_ranks_decide_alike(folder, fork):
     a, b = (json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(2))
     assert a == b and re.match(r"step 2: .*not finite; .* pairs \[\d+(, \d+){15}\]", a)
     assert [path.name for path in checkpoint.saved_states(folder / "stop")] == ["step_00000001"]
-
-
-@pytest.mark.kill
-def test_restarted_by_torchrun(folder):
-    """torchrun --max_restarts 1, --save_every, --resume: a kill -9 changes no bit of what comes out."""
-    finish(torchrun(folder, "--steps", "60", "--out", "whole"))
-    flags = ["--steps", "60", "--out", "cut", "--save_every", "5", "--resume"]
-    process = torchrun(folder, *flags, options=["--standalone", "--max_restarts", "1"])
-    kill_rank(process, 1, "cut", after=7)
-    finish(process)
-    assert bits_of("cut") == bits_of("whole")
-
-
-@pytest.mark.kill
-def test_three_ranks_resume(folder):
-    """Three ranks, killed after step 4 of 6 and resumed from step 3: the same bits."""
-    finish(torchrun(folder, "--out", "whole", ranks=3))
-    process = torchrun(folder, "--out", "cut", "--save_every", "3", ranks=3)
-    kill_rank(process, 2, "cut", after=4)
-    process.communicate(timeout=120)
-    finish(torchrun(folder, "--out", "cut", "--save_every", "3", "--resume", ranks=3))
-    assert bits_of("cut") == bits_of("whole")
-
-
-@pytest.mark.kill
-def test_two_agents(folder):
-    """Two torchruns of one rank each, as on two machines: the losses of one torchrun with two ranks."""
-    finish(torchrun(folder, "--out", "one"))
-    options = ["--nnodes", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:29731"]
-    agents = [torchrun(folder, "--out", "two", ranks=1, options=options) for _ in range(2)]
-    for agent in agents:
-        finish(agent)
-    assert losses_of("two") == pytest.approx(losses_of("one"), rel=1e-6)

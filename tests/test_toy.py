@@ -157,6 +157,9 @@ def test_figures_of_an_sae_by_hand():
     h = torch.tensor([[2.0, 1.0], [1.0, 0.0], [4.0, 0.0]])
     variance = (4 + 1 + 16) - 3 * (7 / 3) ** 2 + 1 - 3 * (1 / 3) ** 2
     assert sae_module.sae_figures(sae, h) == pytest.approx({"l0": 2 / 3, "fvu": 2 / variance, "dead": 0.5})
+    # TopK without a threshold, k = 1: c = (-1, 0), (3, 0); a negative feature is active too. Errors 4 and 1.
+    topk, h = SAE(one, zero, one, zero, zero - torch.inf, k=1), torch.tensor([[-1.0, -2.0], [3.0, 1.0]])
+    assert sae_module.sae_figures(topk, h) == pytest.approx({"l0": 1.0, "fvu": 5 / 12.5, "dead": 0.5})
 
 
 @pytest.mark.parametrize("m, width", [(500, "500"), (1024, "1k"), (16384, "16k"), (65536, "65k")])

@@ -18,18 +18,14 @@ from conftest import (
     greedy,
     lines_of,
     make_lm,
-    make_lm_with_images,
-    make_pairs,
     make_sae,
     plain,
     save_toy,
 )
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gemma2ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2ForCausalLM
 from transformers.models.gemma2.modeling_gemma2 import Gemma2MLP
 
-import audit
-import eval_diversity
 import fpo
 import loading
 import losses
@@ -384,61 +380,6 @@ def test_a_processor_s_files_stay_with_the_model(folder):
 
 
 # ---- models that are not understood, or that change
-def test_what_training_refuses_is_not_scored_either(folder):
-    """A scale of the logits that our forward knows nothing of: the model's own forward has it."""
-    tokenizer = AutoTokenizer.from_pretrained("runs/toy/model")
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4}
-    config = AutoConfig.for_model("cohere", vocab_size=len(tokenizer), logit_scale=0.25, **sizes)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "scaled")
-    tokenizer.save_pretrained(folder / "scaled")
-    with pytest.raises(UserError, match="differs from the model's own forward"):
-        run(*SHORT, "--method", "dpo", "--model", "./scaled")
-    for models in (["./scaled", "runs/toy/model"], ["runs/toy/model", "./scaled"]):
-        flags = ["--preset", "toy", "--samples", "0", "--model", models[0], "--reference", models[1]]
-        with pytest.raises(UserError, match="differs from the model's own forward"):
-            eval_diversity.main(eval_diversity.parse_args(flags))
-
-
-def test_parameters_without_a_gradient_are_frozen():
-    """A vision tower that no text reaches: DDP would wait for its gradient. The rest stays trainable."""
-    policy = fpo.Policy(make_lm())
-    policy.lm.model.vision = torch.nn.Linear(2, 2)
-    audit.audit_and_freeze(
-        policy, make_pairs(4), settings.parse_args(["--preset", "toy"]), {"layout": "shared"}
-    )
-    frozen = {name for name, p in policy.named_parameters() if not p.requires_grad}
-    assert frozen == {"lm.model.vision.weight", "lm.model.vision.bias"}
-    assert all(p.grad is None for p in policy.parameters())
-
-
-def test_what_has_a_gradient_is_found_as_training_runs():
-    """On the shortest pair, not the first; in train mode, where checkpointing makes each block again."""
-    seen, policy, pairs = [], fpo.Policy(make_lm()), make_pairs(6, seed=1)
-    policy.lm.activation_checkpointing_enable({"use_reentrant": False})
-    block = policy.lm.model.layers[0].mlp
-    block.register_forward_pre_hook(
-        lambda module, args: seen.append((torch.is_grad_enabled(), args[0].shape))
-    )
-    audit.audit_and_freeze(policy, pairs, settings.parse_args(["--preset", "toy"]), {"layout": "shared"})
-    with_gradient = [shape for gradient, shape in seen if gradient]
-    assert with_gradient == [(1, min(pairs.sizes.sum(1)), 32)] * 2 and pairs.shortest > 0
-
-
-def test_too_little_memory_is_told(monkeypatch):
-    """Not as a model that is not understood: with the settings that take less, but for those in use."""
-
-    def full(*args, **kwargs):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.91 GiB.")
-
-    monkeypatch.setattr(audit, "audit", full)
-    config = settings.parse_args(["--preset", "toy"])
-    pairs = make_pairs(4)
-    says = rf"longest pair, {max(pairs.sizes.sum(1))} tokens, do not fit \(CUDA out of memory. Tried .*GiB"
-    with pytest.raises(UserError, match=says + r".*--activation_checkpointing, --shard fsdp .*--max_length"):
-        audit.audit_and_freeze(fpo.Policy(make_lm()), pairs, config, {"layout": "shared"})
-    config.activation_checkpointing, config.shard = True, "fsdp"
-    with pytest.raises(UserError, match=r"less is needed by --max_length below 1024$"):
-        audit.audit_and_freeze(fpo.Policy(make_lm()), pairs, config, {"layout": "shared"})
 
 
 def test_too_little_memory_in_the_loop_is_told(folder, monkeypatch, capsys):
@@ -452,14 +393,6 @@ def test_too_little_memory_in_the_loop_is_told(folder, monkeypatch, capsys):
         runtime.run_script(lambda: run("--method", "dpo", *SHORT))
     (said,) = re.findall(r"error: (.*)", capsys.readouterr().err)
     assert ended.value.code == 2 and "Tried to allocate 3.91 GiB" in said and "--micro_batch_tokens" in said
-
-
-def test_layers_of_a_model_with_images_are_compiled(monkeypatch):
-    """They are not where a plain decoder's are. (On CUDA alone, and at their first forward.)"""
-    lm, compiled = make_lm_with_images(), []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda layer: compiled.append(layer))
-    loading.compile_layers(lm, settings.parse_args(["--preset", "toy"]), torch.device("cuda"), [])
-    assert len(compiled) == 3 and compiled == list(lm.model.language_model.layers)
 
 
 @pytest.mark.parametrize("compiles", [True, False])
