@@ -15,6 +15,7 @@ import json
 import math
 import os
 import resource
+import secrets
 import shlex
 import shutil
 import time
@@ -38,7 +39,6 @@ import scale
 from audit import audit_and_freeze
 from batches import epoch_order, plan, stream, work_of
 from checkpoint import (
-    MAY_CHANGE_ON_RESUME,
     StopSignal,
     check_disk,
     cut_metrics,
@@ -135,22 +135,26 @@ def peak_memory_gb(device) -> float:
 
 
 # ---------------------------------------------------------------------------- trackers, and the run's model
-def start_wandb(config):
+def start_wandb(config, resumes: bool) -> str | None:
     """Log in to wandb where it is asked for, before any work. UserError where that fails: no key, no network.
 
-    What follows it draws reaches wandb by way of TensorBoard's files.
+    What is drawn into TensorBoard's files reaches wandb. Returns the run's id, for config.json: a resumed run
+    goes on in the same curves, a new one in the same folder has its own.
     """
-    if config.report_to == "wandb":
-        import wandb
+    if config.report_to != "wandb":
+        return None
+    import wandb
 
-        settings = {name: value for name, value in asdict(config).items() if name not in MAY_CHANGE_ON_RESUME}
-        key = hashlib.sha256(f"{Path(config.out).absolute()} {settings}".encode()).hexdigest()[:16]
-        about = {"name": config.out, "id": key, "resume": "allow", "config": asdict(config)}
-        try:
-            wandb.init(**about, sync_tensorboard=True)
-        except Exception as error:  # wandb's own kinds: no key, a wrong one, no network
-            told = " ".join(str(error).split())
-            raise UserError(f"--report_to wandb: {told:.300}") from error
+    path = Path(config.out, "config.json")
+    left = json.loads(path.read_text()) if resumes and path.exists() else {}
+    key = left.get("wandb_id") or secrets.token_hex(8)
+    about = {"name": config.out, "id": key, "resume": "allow", "config": asdict(config)}
+    try:
+        wandb.init(**about, sync_tensorboard=True)
+    except Exception as error:  # wandb's own kinds: no key, a wrong one, no network
+        told = " ".join(str(error).split())
+        raise UserError(f"--report_to wandb: {told:.300}") from error
+    return key
 
 
 def start_tracker(config, start: int):
@@ -272,8 +276,7 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
             f"the warm-up is longer than the {len(steps)} steps: the learning rate reaches only {reached:.3g}"
         )
     runtime.barrier()  # every rank has looked into the folder
-    if rank == 0:
-        start_wandb(config)
+    wandb_id = start_wandb(config, resumes) if rank == 0 else None
     if rank == 0 and not resumes:
         set_aside(out)
 
@@ -350,6 +353,7 @@ def main(config: Config | None = None, *, loss_function=fpo.method_loss, encoder
     meta = {"settings": asdict(config), "input_digests": input_digests, "before": before, "answers": answers}
     if rank == 0:
         known = {"sae_layer": [layer for layer, _ in sites], "units": units, "audit": found}
+        known |= {"wandb_id": wandb_id} if wandb_id else {}
         runtime.write_json(out / "config.json", asdict(config) | known)
         cut_metrics(out / "metrics.jsonl", start)
     policy.train()  # which turns checkpointing on; dropout is 0 in any case
