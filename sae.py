@@ -349,7 +349,7 @@ def _saelens_place(hook: str) -> tuple[int, str]:
     match = match or re.fullmatch(r"model\.(?:language_model\.)?layers\.(\d+)()", hook)
     # hook_resid_pre is what the block before it left.
     layer = -1 if match is None else int(match[1]) - (match[2] == "resid_pre")
-    if layer < 0:
+    if match is None or layer < 0:
         names = "blocks.N.hook_resid_post, hook_resid_pre (N > 0) or hook_mlp_out, or model.layers.N"
         raise UserError(f"cfg.json: hook_name {hook!r} is not understood; it may be {names}")
     return layer, "mlp" if match[2] == "mlp_out" else "res"
