@@ -89,7 +89,7 @@ SCRIPT = re.compile(r"(?:(train|eval_diversity|toy)\.py|-m experiments\.(\w+))\s
 
 # What stands on an earlier command's run is tested with it, below.
 @pytest.mark.parametrize(
-    "command", sorted({c for c in COMMANDS if SCRIPT.search(c) and "runs/MODEL" not in c})
+    "command", sorted({c for c in COMMANDS if SCRIPT.search(c) and "runs/NAME" not in c})
 )
 def test_commands_parse(command, monkeypatch, tmp_path):
     """The flags of every command are its script's, with values that it takes."""
@@ -199,7 +199,7 @@ def test_any_model_in_three_commands(folder, fork):
         assert what in command
         words = [
             str(ROOT / word) if word.endswith(".py") else word
-            for word in shlex.split(command, comments=True)[1:]
+            for word in shlex.split(command.replace("NAME", "MODEL"), comments=True)[1:]
         ]
         out = fork(folder, *words, *flags.split()).finish()
     # The scores that the last one prints are those with which FPO ended: the same pairs, SAE and units.
