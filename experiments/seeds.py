@@ -1,12 +1,12 @@
 """A real model with enough seeds: methods compared pair by pair and seed by seed, on three sets of pairs.
 
-    python -m experiments.seeds --model SMOLLM2 --pairs instruction-data-with-preference.json
+    python -m experiments.seeds --model MODEL --pairs instruction-data-with-preference.json
     python -m experiments.seeds    the tables and the figure again, from the record alone
 
-SMOLLM2: SmolLM2-135M-Instruct, a folder or hub name. The pairs are in rasbt/LLMs-from-scratch on GitHub,
-ch07/04_preference-tuning-with-dpo, and are split by prompt into three sets: `choose`, on which α and SimPO's
-learning rate are chosen; `train`; and `score`, read for the results alone. A run is a training of 16 steps of
-8 pairs, and the scores of every pair: a line of ASSETS/seeds.json, after which a later start goes on.
+MODEL: SmolLM2-135M-Instruct, or another after SFT. The pairs are split as experiments/split.py does: on
+`choose` α and SimPO's learning rate are chosen, `score` is read for the results alone. A run is a training of
+16 steps of 8 pairs, and the scores of every pair: a line of ASSETS/seeds.json, after which a later start goes
+on. Another model takes another --assets and --out.
 
 Differences between methods are paired: with one seed all see the same pairs in the same order, and all are
 scored on the same pairs. `interval` says how far they can be trusted.
@@ -15,7 +15,6 @@ scored on the same pairs. `interval` says how far they can be trusted.
 import argparse
 import functools
 import gc
-import hashlib
 import itertools
 import json
 import multiprocessing
@@ -35,63 +34,17 @@ import metrics
 import runtime
 import settings
 import train
-from experiments import control, figures, reproduce, runs, train_sae
+from experiments import control, figures, reproduce, runs, split, train_sae
 from loading import choose_layout, load_config, load_lm
 from offline import sae_identity
 from runtime import refuse
 from sae import SAE, load_sae, sae_figures, write_sae
 
-SPLIT_SEED, SIZES = 0, {"choose": 130, "score": 420}  # pairs at least; `train` has all others
 SEEDS, CHOOSING_SEED = (0, 1, 2, 3, 4), 9  # no run that is scored has the second
 WIDTH, SAE_STEPS, TOKENS = 2048, 2000, 2048  # of the SAEs (3.6 times SmolLM2's d); most tokens of a forward
-# Flags of every training. Scores are made here, of single pairs; the ends that train.py scores are 8 pairs.
-TRAINING = "--batch_size 8 --steps 16 --lr 2e-5 --feature_scale rms --eval_every 0 --no_eval_kl --show 0"
+# Flags of every training; LR is --lr. Scores are made here, of single pairs: train.py's ends are 8 pairs.
+TRAINING = "--batch_size 8 --steps 16 --lr LR --feature_scale rms --eval_every 0 --no_eval_kl --show 0"
 TRAINING += f" --save_every 0 --no_activation_checkpointing --micro_batch_tokens {TOKENS}"
-
-
-# ---------------------------------------------------------------------------- pairs
-def read_pairs(path) -> list[dict]:
-    """{prompt, chosen, rejected} of a JSON list of {instruction, input, chosen, rejected}, or of JSONL lines.
-
-    An input stands behind its instruction, after an empty line. Pairs of two equal responses are left out.
-    """
-    pairs = []
-    try:
-        text = Path(path).read_text()
-        records = json.loads(text) if text.lstrip().startswith("[") else map(json.loads, text.splitlines())
-        for record in records:
-            asked = data.question_of(record)[1]
-            pair = {"prompt": asked, "chosen": record["chosen"], "rejected": record["rejected"]}
-            if pair["chosen"] != pair["rejected"]:
-                pairs.append(pair)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        refuse(f"--pairs {path}: no list of pairs of instruction, chosen and rejected: {error!r}")
-    return pairs
-
-
-def digest(value) -> str:
-    """sha256 of a value that JSON can hold, the same for the same value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def split_pairs(pairs, seed: int, sizes: dict) -> dict[str, list[dict]]:
-    """{set: its pairs}: `sizes` as they are named, at least so many pairs each, then `train`, all others.
-
-    Prompts come in the order of the hash of seed and prompt, each with all its pairs: so no prompt is in two
-    sets, and the order of the file does not matter.
-    """
-    order = sorted(pairs, key=lambda pair: (digest([seed, pair["prompt"]]), digest(pair)))
-    sets: dict[str, list[dict]] = {name: [] for name in (*sizes, "train")}
-    names = iter(sets)
-    name, last = next(names), None
-    for pair in order:
-        if pair["prompt"] != last and len(sets[name]) >= sizes.get(name, np.inf):
-            name = next(names)
-        sets[name].append(pair)
-        last = pair["prompt"]
-    if not sets["train"]:
-        refuse(f"{len(pairs)} pairs are too few: {sizes} of them are not for training")
-    return sets
 
 
 # ---------------------------------------------------------------------------- dictionaries
@@ -139,8 +92,8 @@ def make_saes(args, places: dict[str, int]):
             arrays = train_sae.train_centred(states.clone(), **options)
         sae = SAE(**arrays)
         made = {"layer": layer, "tokens": len(states), **sae_figures(sae, others)}
-        made["l0_of_training"] = sae_figures(sae, states)["l0"]
-        made["norm"] = states.square().sum(-1).mean().item()
+        norm = states.square().sum(-1).mean().item()
+        made |= {"l0_of_training": sae_figures(sae, states)["l0"], "norm": norm}
         made["digest"] = sae_identity(sae, (layer, "res"))[-1]
         write_sae(folder, arrays, layer, "res", made["l0"])
         runtime.write_json(folder / "made.json", made)
@@ -167,7 +120,7 @@ class Reference(fpo.Policy):
 def open_tools(model: str, out: Path) -> SimpleNamespace:
     """What every run is scored with: the reference, pairs of each set, and the first SAE with its unit."""
     device, tokenizer = runtime.start_processes(), data.load_tokenizer(model)
-    pairs = {name: data.load_pairs(str(out / f"{name}.jsonl"), tokenizer) for name in SIZES}
+    pairs = {name: data.load_pairs(str(out / f"{name}.jsonl"), tokenizer) for name in split.SIZES}
     made = runs.read_json(out / "sae_last/made.json")
     sae = load_sae(str(out / "sae_last"), layer=made["layer"], width=None).to(device)
     parts = {"device": device, "sae": sae, "site": (made["layer"], "res"), "unit": made["norm"]}
@@ -207,7 +160,7 @@ def do_run(args, run: dict) -> dict:
     tools = open_tools(args.model, args.out)
     if task == "none":
         return run | score(tools, args.model, "fpo", run["set"])
-    words = [*TRAINING.split(), "--model", args.model, "--dataset", "OUT/train.jsonl"]
+    words = [*args.training.split(), "--model", args.model, "--dataset", "OUT/train.jsonl"]
     words += ["--eval_dataset", "OUT/ends.jsonl", "--cache_dir", "OUT/reference"]
     words = [word.replace("OUT", str(args.out)) for word in (*words, *run["flags"])]
     words += ["--out", str(out), "--seed", str(run["seed"])]
@@ -244,7 +197,7 @@ LINES: dict[str, tuple] = {
 }
 # What the two claims need comes first. (SAEs that a stage needs, its lines)
 STAGES = ((("last",), list(LINES)[:6]), (("random",), list(LINES)[6:10]), (("middle",), list(LINES)[10:]))
-ALPHAS, RATES = (3e3, 1e4, 3e4), (2e-6, 6e-6, 2e-5)
+ALPHAS = (3e3, 1e4, 3e4)
 BEFORE = {"name": "before", "task": "none", "seed": 0, "flags": []}  # the reference, not trained
 
 
@@ -269,10 +222,11 @@ def choose_flags(args, pool, record, name: str) -> list[str]:
         return ["--alpha", f"{max(good):g}"]
     if rule == "learning_rate":
         (before,) = do_runs(args, pool, record, [{"set": "choose"} | BEFORE])
-        nll, accuracy = (trials(column, "--lr", RATES) for column in ("nll_chosen", "accuracy"))
+        rates = [rate * args.lr for rate in (0.1, 0.3, 1)]
+        nll, accuracy = (trials(column, "--lr", rates) for column in ("nll_chosen", "accuracy"))
         limit = before["means"]["nll_chosen"] + 0.1
         calm = [i for i, value in enumerate(nll) if value <= limit] or [0]
-        return ["--lr", f"{RATES[max(calm, key=lambda i: accuracy[i])]:g}"]
+        return ["--lr", f"{rates[max(calm, key=lambda i: accuracy[i])]:g}"]
     alpha = choose_flags(args, pool, record, "fpo")
     run = {"set": "choose", "name": "fpo", "task": "fpo", "seed": CHOOSING_SEED, "flags": [*LAST, *alpha]}
     (line,) = do_runs(args, pool, record, [run])
@@ -358,9 +312,11 @@ def stand_on(args, sets: dict, made: dict) -> dict:
     """What all runs of a record have in common. made: {SAE: its made.json}."""
     weights = [runtime.file_digest(path) for path in sorted(Path(args.model).glob("*.safetensors"))]
     of = {"model": weights or args.model, "file": runtime.file_digest(args.pairs)}
-    of["pairs"] = digest(sorted(map(digest, itertools.chain(*sets.values()))))  # in any order, of either form
-    of["split"] = {"seed": SPLIT_SEED, **{name: len(pairs) for name, pairs in sets.items()}}
-    of |= {"training": TRAINING, "saes": made, "torch": torch.__version__, "at_once": args.at_once}
+    of["pairs"] = split.digest(
+        sorted(map(split.digest, itertools.chain(*sets.values())))
+    )  # in any order, of either form
+    of["split"] = {"seed": split.SEED, **{name: len(pairs) for name, pairs in sets.items()}}
+    of |= {"training": args.training, "saes": made, "torch": torch.__version__, "at_once": args.at_once}
     return of | runtime.made_by()
 
 
@@ -452,8 +408,9 @@ def parse_args(argv=None):
     """The flags; UserError for what no model and no data are needed to refuse."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.error, flag = refuse, parser.add_argument
-    flag("--model", help="SmolLM2-135M-Instruct, a directory or hub name; none: nothing is run")
-    flag("--pairs", help="the file of pairs")
+    flag("--model", help="a model after SFT, a directory or hub name; none: nothing is run")
+    flag("--pairs", help="the file of pairs, as experiments/split.py reads it")
+    flag("--lr", type=float, default=2e-5, help="learning rate; SimPO's is it or a fraction of it (2e-5)")
     flag("--out", default="runs/seeds", type=Path, help="folder of SAEs, reference and runs (runs/seeds)")
     most = 1 if torch.cuda.is_available() else os.cpu_count()
     flag("--at_once", type=int, default=most, help="runs side by side, a thread each (cores; CUDA: 1)")
@@ -463,6 +420,9 @@ def parse_args(argv=None):
         refuse("--model and --pairs: both or none")
     if args.at_once < 1:
         refuse(f"--at_once {args.at_once}: must be at least 1")
+    if not 0 < args.lr < np.inf:
+        refuse(f"--lr {args.lr:g}: must be above 0")
+    args.training = TRAINING.replace("LR", f"{args.lr:g}")
     for name in ("out", "assets"):
         runtime.check_output(name, getattr(args, name), folder=True)
     return args
@@ -473,9 +433,8 @@ def main(argv=None):
     args = parse_args(argv)
     if args.model:
         # ---- three sets, and 8 pairs for the ends that train.py scores
-        sets = split_pairs(read_pairs(args.pairs), SPLIT_SEED, SIZES)
-        for name, pairs in (*sets.items(), ("ends", sets["choose"][:8])):
-            runtime.write_text(args.out / f"{name}.jsonl", "".join(json.dumps(pair) + "\n" for pair in pairs))
+        sets = split.write_sets(args.pairs, args.out)
+        split.write_pairs(args.out / "ends.jsonl", sets["choose"][:8])
         # ---- a stage: its dictionaries, what its lines leave open, their runs
         layers = load_config(args.model).get_text_config().num_hidden_layers
         places = {"last": layers - 1, "random": layers - 1, "middle": layers // 2}

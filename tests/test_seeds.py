@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import eval_diversity
-from experiments import seeds
+from experiments import seeds, split
 from runtime import UserError
 from sae import SAE, sae_figures
 
@@ -55,20 +55,20 @@ def test_the_public_file_and_its_joined_copy_give_the_same_pairs(tmp_path):
     (tmp_path / "public.json").write_text(json.dumps(public, indent=4))
     joined = [make_pair("Edit.\n\nHe go.", "c", "r"), make_pair("Add 1.", "Two.", "2")]
     (tmp_path / "joined.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in joined))
-    assert seeds.read_pairs(tmp_path / "public.json") == joined
-    assert seeds.read_pairs(tmp_path / "joined.jsonl") == joined
+    assert split.read_pairs(tmp_path / "public.json") == joined
+    assert split.read_pairs(tmp_path / "joined.jsonl") == joined
     for text in ('[{"instruction": "x", "chosen": "y"}]', "[1]", "no pairs"):
         (tmp_path / "bad.json").write_text(text)
         with pytest.raises(UserError, match=r"--pairs .*bad\.json"):
-            seeds.read_pairs(tmp_path / "bad.json")
+            split.read_pairs(tmp_path / "bad.json")
 
 
 def test_the_split_is_by_prompt_whole_and_the_same_in_any_order():
     prompts = [f"p{i % 30}" for i in range(40)]  # ten prompts have two pairs
     pairs = [make_pair(prompt, f"c{i}") for i, prompt in enumerate(prompts)]
-    sets = seeds.split_pairs(pairs, 3, {"choose": 5, "score": 12})
-    assert sets == seeds.split_pairs(pairs[::-1], 3, {"choose": 5, "score": 12})
-    assert sets != seeds.split_pairs(pairs, 4, {"choose": 5, "score": 12})
+    sets = split.split_pairs(pairs, 3, {"choose": 5, "score": 12})
+    assert sets == split.split_pairs(pairs[::-1], 3, {"choose": 5, "score": 12})
+    assert sets != split.split_pairs(pairs, 4, {"choose": 5, "score": 12})
 
     def place(prompt):
         """Where a prompt stands: the hash of what json makes of [3, "p7"]."""
@@ -84,7 +84,7 @@ def test_the_split_is_by_prompt_whole_and_the_same_in_any_order():
     assert [{pair["prompt"] for pair in sets[name]} for name in ("choose", "score", "train")] == found
     assert [len(sets[name]) for name in ("choose", "score", "train")] == counts
     with pytest.raises(UserError, match="too few"):
-        seeds.split_pairs(pairs, 3, {"choose": 5, "score": 36})
+        split.split_pairs(pairs, 3, {"choose": 5, "score": 36})
 
 
 # ---------------------------------------------------------------------------- a random dictionary
@@ -97,6 +97,22 @@ def test_each_feature_of_a_random_sae_is_active_on_the_same_number_of_states():
     assert sae_figures(sae, states)["l0"] == pytest.approx(1.6, abs=16 / 200)
     z = (states - states.mean(0)) @ arrays["W_dec"].T
     assert torch.allclose(sae.encode(states).max(0).values, z.max(0).values, atol=1e-3)
+
+
+def test_the_sets_are_written_by_a_command(tmp_path, monkeypatch, capsys):
+    """Each pair is in one of them, as `--dataset` reads it; a bad file is named."""
+    monkeypatch.setattr(split, "SIZES", {"choose": 2, "score": 3})
+    pairs = [{"prompt": f"ask {i}", "chosen": "yes", "rejected": "no"} for i in range(9)]
+    (tmp_path / "file.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    words = ["--pairs", str(tmp_path / "file.jsonl"), "--out", str(tmp_path / "sets")]
+    split.main(words)
+    lines = {name: (tmp_path / f"sets/{name}.jsonl").read_text().splitlines() for name in split.SIZES}
+    lines["train"] = (tmp_path / "sets/train.jsonl").read_text().splitlines()
+    assert {name: len(of) for name, of in lines.items()} == {"choose": 2, "score": 3, "train": 4}
+    assert sorted(line for of in lines.values() for line in of) == [json.dumps(pair) for pair in pairs]
+    assert "train.jsonl: 4 pairs" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"--pairs no\.jsonl"):
+        split.main(["--pairs", "no.jsonl", *words[2:]])
 
 
 # ---------------------------------------------------------------------------- what is chosen
@@ -116,11 +132,12 @@ def test_alpha_and_learning_rate_are_chosen_by_their_rules():
     # Without the SAE D is 4e-1 / α, so 2e-5 is reached at 20,000: between 10,000 and 40,000.
     runs += [trial("no_sae", "--alpha", a, mse_rejected=0.4 / a) for a in (1e4, 4e4)]
     # The third rate is the most accurate, but writes worse than 1.5 + 0.1 nats a token.
-    rates = zip(seeds.RATES, (0.6, 0.7, 0.9), (1.5, 1.59, 1.61), strict=True)
+    args = SimpleNamespace(lr=2e-5)  # SimPO's are a tenth and three tenths of it, and all
+    rates = zip((2e-6, 6e-6, 2e-5), (0.6, 0.7, 0.9), (1.5, 1.59, 1.61), strict=True)
     runs += [trial("simpo", "--lr", rate, accuracy=share, nll_chosen=nll) for rate, share, nll in rates]
     runs.append({"set": "choose", **seeds.BEFORE, "means": {"nll_chosen": 1.5}})
     chosen = {
-        name: seeds.choose_flags(None, None, {"runs": runs}, name) for name in ("fpo", "no_sae", "simpo")
+        name: seeds.choose_flags(args, None, {"runs": runs}, name) for name in ("fpo", "no_sae", "simpo")
     }
     assert chosen == {"fpo": ["--alpha", "10000"], "no_sae": ["--alpha", "20000"], "simpo": ["--lr", "6e-06"]}
     many = seeds.scored_runs(None, None, {"runs": runs}, "no_sae")
@@ -220,14 +237,15 @@ def test_from_a_file_to_tables(world, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(seeds, "ProcessPoolExecutor", Inline)
     (tmp_path / "pairs.jsonl").write_text("".join((world / "train.jsonl").open().readlines()[:90]))
-    small = {"SIZES": {"choose": 10, "score": 30}, "SEEDS": (0,), "SAE_STEPS": 3, "WIDTH": 128}
+    small = {"SEEDS": (0,), "SAE_STEPS": 3, "WIDTH": 128}
     small |= {"ALPHAS": (1e4,), "STAGES": ((("last",), ["before", "fpo"]), ((), ["dpo_1"]))}
-    small["TRAINING"] = seeds.TRAINING.replace("--steps 16 --lr 2e-5", "--steps 2 --lr 3e-3")
+    small["TRAINING"] = seeds.TRAINING.replace("--steps 16", "--steps 2")
     for name, value in small.items():
         monkeypatch.setattr(seeds, name, value)
+    monkeypatch.setattr(split, "SIZES", {"choose": 10, "score": 30})
     kept = []
     monkeypatch.setattr(seeds.shutil, "rmtree", lambda path, **options: kept.append(path))
-    words = ["--model", str(world / "model"), "--pairs", "pairs.jsonl"]
+    words = ["--model", str(world / "model"), "--pairs", "pairs.jsonl", "--lr", "3e-3"]
     seeds.main(words)
     record = json.loads((tmp_path / "assets/seeds.json").read_text())
     done = {(run["set"], run["name"]) for run in record["runs"]}
