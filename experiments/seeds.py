@@ -195,8 +195,13 @@ LINES: dict[str, tuple] = {
     "middle": ("FPO, the middle layer's SAE", "fpo", MIDDLE, "equal_distance"),
     "length_2": ("DPO divided by length, β = 2", "fpo", (*LAST, "--alpha", "0", "--beta", "2"), None),
 }
-# What the two claims need comes first. (SAEs that a stage needs, its lines)
-STAGES = ((("last",), list(LINES)[:6]), (("random",), list(LINES)[6:10]), (("middle",), list(LINES)[10:]))
+# What the claims need comes first. (SAEs that a stage needs, its lines)
+STAGES: tuple[tuple[tuple, list], ...] = (
+    (("last",), list(LINES)[:6]),
+    ((), ["length", "tdpo2"]),
+    (("random",), ["random", "simpo"]),
+    (("middle",), list(LINES)[10:]),
+)
 ALPHAS = (3e3, 1e4, 3e4)
 BEFORE = {"name": "before", "task": "none", "seed": 0, "flags": []}  # the reference, not trained
 
