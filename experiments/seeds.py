@@ -331,13 +331,17 @@ COLUMNS = {  # of the record: its factor, and the name in tables
     "reward_accuracy": (50, "reward accuracy (%)"),
     "kl_rejected": (1e-2, "KL rejected (nats)"),
     "D_rejected": (1e-1, "D rejected / mean ‖h‖² (1e-5)"),
+    "teacher_forced_entropy": (1, "entropy (nats)"),  # a token of the responses; of a run, not of each pair
 }
 
 
 def values(record: dict, name: str, column: str, seeds=SEEDS) -> np.ndarray:
-    """(S, P) a column of this line's scored runs in its table's unit, of those of `seeds` that are done."""
+    """(S, P) a column of this line's scored runs in its table's unit, of those of `seeds` that are done.
+
+    P is 1 where the record has the run's mean alone.
+    """
     mine = [run for run in record["runs"] if (run["set"], run["name"]) == ("score", name)]
-    done = {run["seed"]: [int(value) for value in run[column]] for run in mine}
+    done = {run["seed"]: list(map(float, run.get(column) or [run["means"][column]])) for run in mine}
     return np.array([done[seed] for seed in seeds if seed in done]) * COLUMNS[column][0]
 
 
@@ -371,7 +375,8 @@ def make_tables(record) -> list[str]:
     done = [name for name in LINES if len(values(record, name, "accuracy"))]
     rows = [{"scores": run["means"], **run} for run in record["runs"] if run["set"] == "score"]
     rows = [row | {"scores": row["scores"] | {"D_1e-5": 1e5 * row["scores"]["mse_rejected"]}} for row in rows]
-    columns = ("accuracy", "reward_accuracy", "kl_rejected", "D_1e-5", "nll_chosen", "constraint_share")
+    columns = ("accuracy", "reward_accuracy", "kl_rejected", "D_1e-5")
+    columns += ("teacher_forced_entropy", "nll_chosen", "constraint_share")
     tables = [reproduce.table(rows, [(label_of(record, name), name, (), ()) for name in done], columns)]
     for other in [name for name in ("fpo", "fpo_1e4") if name in done]:
         heads = [f"less {label_of(record, other)}", "seeds", *(head for _, head in COLUMNS.values())]
@@ -398,7 +403,7 @@ def draw(record):
     """Accuracies against KL and against D, a cross for each line: the 95 % intervals of its means."""
     names = [name for name in LINES if name != "before" and len(values(record, name, "accuracy"))]
     looks, panels = {"no_sae": "sft", "random": "simpo_kl", "middle": "tdpo1", "length": "free"}, []
-    for y, x in itertools.product(list(COLUMNS)[:2], list(COLUMNS)[2:]):
+    for y, x in itertools.product(("accuracy", "reward_accuracy"), ("kl_rejected", "D_rejected")):
         crosses = {}
         for name in names:
             method = name if name == "no_sae" else name.partition("_")[0]

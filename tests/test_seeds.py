@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import re
 from concurrent.futures import Future
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +15,8 @@ import eval_diversity
 from experiments import seeds, split
 from runtime import UserError
 from sae import SAE, sae_figures
+
+ROOT = Path(__file__).parent.parent
 
 
 class Inline:
@@ -213,9 +217,10 @@ def test_differences_are_paired_over_seeds_and_pairs():
     runs = []
     for seed, ours, theirs in ((2, "2200", "2000"), (0, "0022", "0002"), (1, "2222", None)):
         rest = {"reward_accuracy": ours, "kl_rejected": [100, 300, 0, 0], "D_rejected": [5, 5, 5, 5]}
+        rest["means"] = {"teacher_forced_entropy": 2.0 + seed}
         runs.append(make_line("dpo_1", seed, accuracy=ours, **rest))
         if theirs:
-            rest = {"reward_accuracy": ours, "kl_rejected": [0, 200, 0, 0], "D_rejected": [5, 5, 5, 5]}
+            rest |= {"kl_rejected": [0, 200, 0, 0], "means": {"teacher_forced_entropy": 1.5 + seed}}
             runs.append(make_line("fpo", seed, accuracy=theirs, **rest))
     record = {"of": {}, "runs": runs}
     assert seeds.values(record, "dpo_1", "accuracy").tolist() == [
@@ -229,6 +234,42 @@ def test_differences_are_paired_over_seeds_and_pairs():
     assert mean == 25 and 0 <= low < 25 < high
     assert found[1] == (0, 0, 0) and found[3] == (0, 0, 0)  # equal at every seed and pair
     assert found[2][0] == 0.5  # one nat more on two pairs of four
+    assert found[4] == (0.5, 0.5, 0.5)  # of each run: half a nat at both seeds
+
+
+IN_README = {"DPO, β = 0.1": "dpo_0.1", "DPO, β = 1": "dpo_1", "TDPO-2": "tdpo2", "FPO, α = 0": "length"}
+IN_README |= {"FPO, α = 10,000": "fpo_1e4", "FPO, α = 30,000": "fpo"}
+IN_README |= {"the same, on hidden states in place of features": "no_sae"}
+
+
+@pytest.mark.parametrize("model, folder", [("SmolLM2-135M", "assets"), ("Gemma-3-270M", "assets/gemma")])
+def test_rows_of_the_readme_are_those_of_the_record(model, folder):
+    """Mean ± deviation over the runs, to the digits that are printed."""
+    runs = json.loads((ROOT / folder / "seeds.json").read_text())["runs"]
+    runs = [run for run in runs if run["set"] == "score"]
+    first, *lines = (ROOT / "README.md").read_text().split(f"| **{model}**")[1].splitlines()
+    before, first = re.fullmatch(r" \(accuracy before: ([\d.]+)\): (.*)", first).groups()
+    assert [float(before)] == [round(100 * r["means"]["accuracy"], 1) for r in runs if r["name"] == "before"]
+    columns = {"accuracy": 100, "reward_accuracy": 100, "kl_rejected": 1, "mse_rejected": 1e5}
+    for line, name in zip([first, *(line[2:] for line in lines)], IN_README.values(), strict=False):
+        label, of, *cells = line.rstrip(" |").split(" | ")
+        assert IN_README[label] == name and int(of) == 5
+        for cell, (column, factor) in zip(cells, columns.items(), strict=True):
+            found = np.array([factor * run["means"][column] for run in runs if run["name"] == name])
+            for told, ours in zip(cell.split(" ± "), (found.mean(), found.std(ddof=1)), strict=True):
+                unit = 10.0 ** -len(told.partition(".")[2])
+                assert float(told) == pytest.approx(ours, abs=0.501 * unit), (label, column)
+
+
+@pytest.mark.parametrize("folder", ["assets", "assets/gemma"])
+def test_published_tables_are_those_of_the_record(folder):
+    """Each number anew; one in the last digit is granted, as processors round differently."""
+    folder = ROOT / folder
+    tables = "\n".join(seeds.make_tables(json.loads((folder / "seeds.json").read_text())))
+    published, number = (folder / "seeds.md").read_text(), r"[-+]?\d[\d.,]*(?:e[-+]\d+)?"
+    assert re.sub(number, "", tables) == re.sub(number, "", published)
+    ours, theirs = (re.findall(number, text.replace(",", "")) for text in (tables, published))
+    assert len(ours) > 200 and list(map(float, ours)) == pytest.approx(list(map(float, theirs)), rel=0.011)
 
 
 # ---------------------------------------------------------------------------- all of it
