@@ -193,14 +193,18 @@ LINES: dict[str, tuple] = {
     "length": ("FPO, α = 0: DPO divided by length", "fpo", (*LAST, "--alpha", "0"), None),
     "simpo": ("SimPO", "simpo", LAST, "learning_rate"),
     "middle": ("FPO, the middle layer's SAE", "fpo", MIDDLE, "equal_distance"),
+    # Responses have 16 tokens on average: a β of 2 and 16 divided by them are of DPO's 0.1 and 1.
     "length_2": ("DPO divided by length, β = 2", "fpo", (*LAST, "--alpha", "0", "--beta", "2"), None),
+    "length_16": ("DPO divided by length, β = 16", "fpo", (*LAST, "--alpha", "0", "--beta", "16"), None),
+    "fpo_16": ("FPO, α = 30,000, β = 16", "fpo", (*LAST, "--alpha", "30000", "--beta", "16"), None),
 }
 # What the claims need comes first. (SAEs that a stage needs, its lines)
 STAGES: tuple[tuple[tuple, list], ...] = (
     (("last",), list(LINES)[:6]),
     ((), ["length", "tdpo2"]),
     (("random",), ["random", "simpo"]),
-    (("middle",), list(LINES)[10:]),
+    (("middle",), ["middle", "length_2"]),
+    ((), ["length_16", "fpo_16"]),
 )
 ALPHAS = (3e3, 1e4, 3e4)
 BEFORE = {"name": "before", "task": "none", "seed": 0, "flags": []}  # the reference, not trained
