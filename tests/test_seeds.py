@@ -238,8 +238,8 @@ def test_differences_are_paired_over_seeds_and_pairs():
 
 
 IN_README = {"DPO, β = 0.1": "dpo_0.1", "DPO, β = 1": "dpo_1", "TDPO-2": "tdpo2", "FPO, α = 0": "length"}
-IN_README |= {"FPO, α = 10,000": "fpo_1e4", "FPO, α = 30,000": "fpo"}
-IN_README |= {"the same, on hidden states in place of features": "no_sae"}
+IN_README |= {"FPO, α = 10,000": "fpo_1e4", "FPO, α = 30,000": "fpo", "FPO, α = 30,000, β = 16": "fpo_16"}
+IN_README |= {"FPO on hidden states in place of features": "no_sae"}
 
 
 @pytest.mark.parametrize("model, folder", [("SmolLM2-135M", "assets"), ("Gemma-3-270M", "assets/gemma")])
@@ -247,13 +247,16 @@ def test_rows_of_the_readme_are_those_of_the_record(model, folder):
     """Mean ± deviation over the runs, to the digits that are printed."""
     runs = json.loads((ROOT / folder / "seeds.json").read_text())["runs"]
     runs = [run for run in runs if run["set"] == "score"]
-    first, *lines = (ROOT / "README.md").read_text().split(f"| **{model}**")[1].splitlines()
+    rows = re.split(r"\| \*\*|\n\n", (ROOT / "README.md").read_text().split(f"| **{model}**")[1])[0]
+    first, *rows = rows.splitlines()
     before, first = re.fullmatch(r" \(accuracy before: ([\d.]+)\): (.*)", first).groups()
     assert [float(before)] == [round(100 * r["means"]["accuracy"], 1) for r in runs if r["name"] == "before"]
     columns = {"accuracy": 100, "reward_accuracy": 100, "kl_rejected": 1, "mse_rejected": 1e5}
-    for line, name in zip([first, *(line[2:] for line in lines)], IN_README.values(), strict=False):
-        label, of, *cells = line.rstrip(" |").split(" | ")
-        assert IN_README[label] == name and int(of) == 5
+    rows = [row.rstrip(" |").split(" | ") for row in (first, *(row[2:] for row in rows))]
+    assert {row[0] for row in rows} | {"FPO, α = 30,000, β = 16"} == set(IN_README)  # of Gemma alone
+    for label, of, *cells in rows:
+        name = IN_README[label]
+        assert int(of) == 5
         for cell, (column, factor) in zip(cells, columns.items(), strict=True):
             found = np.array([factor * run["means"][column] for run in runs if run["name"] == name])
             for told, ours in zip(cell.split(" ± "), (found.mean(), found.std(ddof=1)), strict=True):
