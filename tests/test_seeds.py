@@ -264,7 +264,7 @@ def test_rows_of_the_readme_are_those_of_the_record(model, folder):
                 assert float(told) == pytest.approx(ours, abs=0.501 * unit), (label, column)
 
 
-@pytest.mark.parametrize("folder", ["assets", "assets/gemma"])
+@pytest.mark.parametrize("folder", ["assets", "assets/gemma", "assets/smollm2"])
 def test_published_tables_are_those_of_the_record(folder):
     """Each number anew; one in the last digit is granted, as processors round differently."""
     folder = ROOT / folder
@@ -272,7 +272,7 @@ def test_published_tables_are_those_of_the_record(folder):
     published, number = (folder / "seeds.md").read_text(), r"[-+]?\d[\d.,]*(?:e[-+]\d+)?"
     assert re.sub(number, "", tables) == re.sub(number, "", published)
     ours, theirs = (re.findall(number, text.replace(",", "")) for text in (tables, published))
-    assert len(ours) > 200 and list(map(float, ours)) == pytest.approx(list(map(float, theirs)), rel=0.011)
+    assert len(ours) > 10 and list(map(float, ours)) == pytest.approx(list(map(float, theirs)), rel=0.011)
 
 
 # ---------------------------------------------------------------------------- all of it
