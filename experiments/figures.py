@@ -7,6 +7,7 @@ sample's deviation (n − 1). Nothing is computed here but means: figures show w
 import json
 import math
 import os
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib
@@ -101,7 +102,9 @@ def draw_crosses(panels):
             ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             ax.xaxis.set_major_formatter("{x:g}")
             ax.xaxis.set_minor_formatter("")
-            for marker, (label, (method, *ends)) in zip("os^vDPX*<>dp", crosses.items(), strict=False):
+            for marker, (label, (method, *ends)) in zip(
+                cycle("os^vDPX*<>dpH"), crosses.items(), strict=False
+            ):
                 x, y = (mean for mean, *_ in ends)
                 xerr, yerr = ([[mean - low], [high - mean]] for mean, low, high in ends)
                 look = {"color": LOOKS[method][1], "marker": marker, "ms": 6, "lw": 1, "ls": "none"}
